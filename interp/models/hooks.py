@@ -1,0 +1,141 @@
+"""Run a model with hooks that must fire.
+
+TransformerBridge 3.9 accepts a misspelt hook name, or a hook on a point that its forward never
+reaches, in silence: the study then reports the unchanged model. Every hook of this library goes
+through `run`, which refuses a name that does not exist and a hook that did not fire.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from interp.models.model import Model
+
+#: A hook gets the activation and the HookPoint, and returns a replacement or None.
+HookFn = Callable[..., Tensor | None]
+
+
+class HookNotFiredError(RuntimeError):
+    """A hook was set but the forward pass never reached its point."""
+
+
+class Run(NamedTuple):
+    """What `run` returns: the logits (None when stopped early) and the captured activations by hook name."""
+
+    logits: Tensor | None
+    cache: dict[str, Tensor]
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the layer asked for."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The known names most like a name that is not known.
+
+    Args:
+        name: what was asked for.
+        known: names there are.
+        n: how many to offer.
+
+    Returns:
+        At most n names, most alike first.
+    """
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
+
+
+def run(
+    model: Model,
+    tokens: Tensor,
+    *,
+    hooks: Sequence[tuple[str, HookFn]] = (),
+    capture: Sequence[str] = (),
+    mask: Tensor | None = None,
+    stop_after: int | None = None,
+    grad: bool = False,
+) -> Run:
+    """Run the model once with hooks, and refuse to return if one of them did nothing.
+
+    Args:
+        model: a loaded model.
+        tokens: token ids `[batch pos]` (pixels for a vision model).
+        hooks: pairs (hook name, function). The function gets `(activation, hook)` and returns the
+            new activation, or None to leave it. Several hooks on one name run in the order given.
+        capture: hook names whose activations are kept, as they are after all `hooks`.
+        mask: 1 on real tokens, 0 on padding, `[batch pos]`.
+        stop_after: last layer to run; the rest of the pass is skipped and `logits` is None.
+        grad: keep the graph for a backward pass (default: no gradients).
+
+    Returns:
+        `Run(logits, cache)`. Logits `[batch pos d_vocab]`; for a model without an unembedding, the last hidden state.
+
+    Raises:
+        ValueError: for a hook name that the model does not have.
+        HookNotFiredError: when a hook or capture was never reached.
+
+    Cost: one forward pass (up to `stop_after`); memory for what is captured only.
+    """
+    pending = {name for name, _ in hooks} | set(capture)
+    cache: dict[str, Tensor] = {}
+
+    def counted(name: str, function: HookFn) -> HookFn:
+        def fire(activation: Tensor, hook: object) -> Tensor | None:
+            pending.discard(name)
+            return function(activation, hook=hook)
+
+        return fire
+
+    def keep(name: str) -> HookFn:
+        def store(activation: Tensor, hook: object) -> None:
+            cache[name] = activation if grad else activation.detach()
+
+        return store
+
+    def stop(activation: Tensor, hook: object) -> None:
+        raise _Stop
+
+    wanted = [(name, counted(name, function)) for name, function in hooks]
+    wanted += [(name, counted(name, keep(name))) for name in dict.fromkeys(capture)]
+    if stop_after is not None:
+        if not -model.n_layers <= stop_after < model.n_layers:
+            raise ValueError(f"stop_after={stop_after}, but {model.name} has layers 0 to {model.n_layers - 1}.")
+        wanted.append((f"blocks.{stop_after % model.n_layers}.hook_resid_post", stop))
+    points = [(model.hook_point(name), function) for name, function in wanted]  # all names checked before any is set
+
+    handles = []
+    logits = None
+    try:
+        for point, function in points:
+            point.add_hook(function)
+            handles.append((point, point.fwd_hooks[-1]))
+        with torch.set_grad_enabled(grad):
+            logits = _forward(model, tokens, mask)
+    except _Stop:
+        pass
+    finally:
+        # Only our own hooks: the user may have set some too.
+        for point, handle in handles:
+            handle.hook.remove()
+            point.fwd_hooks.remove(handle)
+    if pending:
+        raise HookNotFiredError(
+            f"hook {sorted(pending)[0]!r} exists on {model.name} but did not fire in this forward pass"
+            + (f" (it stopped after layer {stop_after})" if stop_after is not None else "")
+            + ": the architecture does not compute it, or a TransformerLens flag must be set first "
+            "(for example model.bridge.set_use_attn_result(True) for hook_result)."
+        )
+    return Run(logits, cache)
+
+
+def _forward(model: Model, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    if model.kind == "vision":
+        return model.bridge(tokens)
+    if mask is not None and bool(mask.all()):
+        mask = None  # the unpadded path is the faster one, and exactly equal
+    return model.bridge(tokens, attention_mask=mask)

@@ -1,0 +1,163 @@
+"""What is a task? Prompts with their answers, the contrast they make, and named positions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from interp.models.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A set of prompts of one kind for one model's tokenizer.
+
+    Attributes:
+        name: "ioi", "greater_than", ...
+        prompts: the clean prompts as text.
+        clean: their token ids `[batch pos]`.
+        source: where the data are from, and how many were kept of how many.
+        corrupt: token ids of the corrupted prompts `[batch pos]`, or None.
+        answers: id of each right answer `[batch]`, or None for plain text.
+        wrong: id of each wrong answer `[batch]`, or None.
+        positions: named positions {"subject": `[batch]`, "end": `[batch]`}.
+        mask: 1 on tokens, 0 on left padding `[batch pos]`, or None when all prompts are equally long.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    clean: Tensor
+    source: str
+    corrupt: Tensor | None = None
+    answers: Tensor | None = None
+    wrong: Tensor | None = None
+    positions: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) == 0:
+            raise ValueError(f"task {self.name!r} has no prompts. Its source: {self.source}.")
+        for label in ("clean", "corrupt", "answers", "wrong", "mask"):
+            tensor = getattr(self, label)
+            if tensor is not None and len(tensor) != len(self.prompts):
+                raise ValueError(f"task {self.name!r}: {label} has {len(tensor)} rows for {len(self.prompts)} prompts.")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name!r}: {len(self)} prompts of {self.clean.shape[1]} tokens; {self.source}>"
+
+    def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> Task:
+        """Some of the prompts, as a Task: `task[:8]` or `task[[0, 3]]`."""
+        index = np.arange(len(self))[rows]
+        if index.ndim == 0:
+            raise TypeError("task[i] would be a single prompt; write task[i:i+1], which is a Task.")
+        picked = torch.as_tensor(index, device=self.clean.device)
+        changed: dict[str, object] = {
+            label: None if (tensor := getattr(self, label)) is None else tensor[picked]
+            for label in ("clean", "corrupt", "answers", "wrong", "mask")
+        }
+        changed["prompts"] = tuple(self.prompts[i] for i in index)
+        changed["positions"] = {name: where[picked] for name, where in self.positions.items()}
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+    def split(self, seed: int = 0, *, fraction: float = 0.5) -> tuple[Task, Task]:
+        """Two disjoint random parts.
+
+        Args:
+            seed: seed of the shuffle.
+            fraction: share of the prompts in the first part.
+
+        Returns:
+            (first, second); together they hold every prompt once.
+        """
+        order = np.random.default_rng(seed).permutation(len(self))
+        cut = round(fraction * len(self))
+        if not 0 < cut < len(self):
+            raise ValueError(f"task {self.name!r}: {len(self)} prompts cannot be split at fraction {fraction}.")
+        return self[np.sort(order[:cut])], self[np.sort(order[cut:])]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that a method can read."""
+        digest = hashlib.sha256(self.name.encode())
+        tensors = {k: getattr(self, k) for k in ("clean", "corrupt", "answers", "wrong", "mask")} | dict(self.positions)
+        for label in sorted(tensors):
+            if tensors[label] is not None:
+                tensor = tensors[label].cpu()
+                digest.update(f"{label}{tuple(tensor.shape)}".encode() + tensor.long().numpy().tobytes())
+        return digest.hexdigest()
+
+    @classmethod
+    def from_pairs(
+        cls,
+        model: Model,
+        name: str,
+        clean: Sequence[str],
+        corrupt: Sequence[str],
+        answers: Sequence[str],
+        wrong: Sequence[str],
+        *,
+        positions: Mapping[str, Sequence[int]] | None = None,
+        source: str = "given by the caller",
+        prepend_bos: bool | None = None,
+    ) -> Task:
+        """A task from clean and corrupt prompts, each pair of equal token length.
+
+        Args:
+            model: whose tokenizer is used.
+            name: name of the task.
+            clean: prompts whose answer is `answers`.
+            corrupt: prompts whose answer is `wrong`.
+            answers: right answers, one token each.
+            wrong: wrong answers, one token each.
+            positions: named positions, counted from the start of each unpadded prompt; "end" is added.
+            source: where the data are from.
+            prepend_bos: see `Model.tokenize`.
+
+        Returns:
+            The Task; prompts of different lengths are padded on the left, with a mask.
+
+        Raises:
+            ValueError: naming the first pair with unequal token lengths, equal prompts, or an answer of several tokens.
+        """
+        if not len(clean) == len(corrupt) == len(answers) == len(wrong):
+            raise ValueError(
+                f"task {name!r}: {len(clean)} clean prompts, {len(corrupt)} corrupt, {len(answers)} answers and "
+                f"{len(wrong)} wrong answers; there must be as many of each."
+            )
+        if not clean:
+            raise ValueError(f"task {name!r}: no prompts were given.")
+        first, second = (model.tokenize(texts, prepend_bos=prepend_bos) for texts in (clean, corrupt))
+        for index, (one, other) in enumerate(zip(clean, corrupt, strict=True)):
+            lengths = int(first.mask[index].sum()), int(second.mask[index].sum())
+            if lengths[0] != lengths[1]:
+                raise ValueError(
+                    f"task {name!r}, pair {index}: the clean prompt has {lengths[0]} tokens and the corrupt one "
+                    f"{lengths[1]}: {one!r} / {other!r}. Patching needs them aligned: reword one of them."
+                )
+            if one == other:
+                raise ValueError(f"task {name!r}, pair {index}: clean and corrupt are the same prompt: {one!r}.")
+        width = first.ids.shape[1]
+        offset = width - first.mask.sum(1)
+        named = {
+            key: torch.as_tensor(list(where), device=offset.device) + offset for key, where in (positions or {}).items()
+        }
+        named["end"] = torch.full((len(clean),), width - 1, device=offset.device)
+        return cls(
+            name=name,
+            prompts=tuple(clean),
+            clean=first.ids,
+            corrupt=second.ids,
+            answers=torch.tensor([model.single_token(a) for a in answers], device=offset.device),
+            wrong=torch.tensor([model.single_token(a) for a in wrong], device=offset.device),
+            positions=named,
+            mask=None if bool(first.mask.all()) else first.mask,
+            source=source,
+        )
