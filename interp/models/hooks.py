@@ -138,4 +138,20 @@ def _forward(model: Model, tokens: Tensor, mask: Tensor | None) -> Tensor:
         return model.bridge(tokens)
     if mask is not None and bool(mask.all()):
         mask = None  # the unpadded path is the faster one, and exactly equal
-    return model.bridge(tokens, attention_mask=mask)
+    if model.d_vocab:
+        return model.bridge(tokens, attention_mask=mask)
+    return _hidden(model, tokens, mask)
+
+
+def _hidden(model: Model, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    # An encoder without an unembedding: its output is the last block's.
+    found: list[Tensor] = []
+    point = model.hook_point(f"blocks.{model.n_layers - 1}.hook_resid_post")
+    point.add_hook(lambda activation, hook: found.append(activation))
+    handle = point.fwd_hooks[-1]
+    try:
+        model.bridge(tokens, attention_mask=mask)
+    finally:
+        handle.hook.remove()
+        point.fwd_hooks.remove(handle)
+    return found[0]
