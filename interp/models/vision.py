@@ -66,14 +66,14 @@ class VisionEncoder(nn.Module):
         """
         super().__init__()
         trunk = _trunk(module)
-        self.module = module.eval()
+        self.module: Any = module.eval()
         self.hook_dict: dict[str, HookPoint] = {}
         for layer, block in enumerate(_blocks(trunk)):
             self._attach_residual(block, layer)
             self._attach_attention(block, layer)
         if getattr(module, "_supports_attention_backend", False):
             AttentionInterface.register(_ATTENTION, _hooked_attention)
-            module.set_attn_implementation(_ATTENTION)
+            self.module.set_attn_implementation(_ATTENTION)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Run the encoder.
@@ -257,7 +257,7 @@ def toy_vit(
         image_size=16, patch_size=4, num_register_tokens=2,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # building draws weights from the global generator: leave it as it was
-        module = Dinov2WithRegistersModel(config).eval()
+        module: Any = Dinov2WithRegistersModel(config).eval()
     names = token_names(module)
     if token not in names or not 0 <= layer < n_layers or not 0 <= feature < mark:
         raise ValueError(
@@ -289,7 +289,7 @@ def toy_vit(
     return module
 
 
-def _plant_neuron(module: nn.Module, mlp: nn.Module, pos: int, mark: int, feature: int, size: float) -> None:
+def _plant_neuron(module: nn.Module, mlp: Any, pos: int, mark: int, feature: int, size: float) -> None:
     # After the norm the mark is about 5 at its token and within 1 of zero elsewhere: the neuron is on only there.
     mlp.fc1.weight[0], mlp.fc1.bias[0] = 0, -25
     mlp.fc1.weight[0, mark] = 10
@@ -298,7 +298,7 @@ def _plant_neuron(module: nn.Module, mlp: nn.Module, pos: int, mark: int, featur
     handle = mlp.fc2.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0, pos, 0]))
     module(torch.zeros(1, 3, 16, 16))
     handle.remove()
-    mlp.fc2.weight[feature - 1, 0] = size / seen[0]
+    mlp.fc2.weight[feature, 0] = size / seen[0]
 
 
 def _hooked_attention(
