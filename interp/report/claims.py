@@ -232,8 +232,9 @@ def read(key: str) -> tuple[dict[str, str], tuple[str, ...], pd.DataFrame]:
         )
     for record in table.to_dict("records"):
         _check_row(path, record)
-    if (repeated := table["id"].duplicated()).any():
-        raise ValueError(f"{path}: claim id {table['id'][repeated].iloc[0]!r} is used twice.")
+    ids = table["id"].tolist()
+    if repeated := [name for name in ids if ids.count(name) > 1]:
+        raise ValueError(f"{path}: claim id {repeated[0]!r} is used twice.")
     return origin, notes, table
 
 
@@ -322,8 +323,8 @@ def _judge(key: str, row: Mapping[Any, Any], value: float | Untestable) -> tuple
         raise ValueError(f"{key}: claim {row['id']!r} needs one number; got {type(value).__name__}.") from None
     if not math.isfinite(number):
         raise ValueError(
-            f"{key}: claim {row['id']!r} was measured as {number}. That is a failed measurement: find where it comes from, "
-            "or say claims.untestable(why)."
+            f"{key}: claim {row['id']!r} was measured as {number}. That is a failed measurement: find where it comes "
+            "from, or say claims.untestable(why)."
         )
     wanted, partly = row["reproduced"].strip(), row["partly"].strip()
     shown = _shown({**row, "measured": number})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from interp.report import notebooks
+from interp.report import _tidy, notebooks
 from interp.report._templates import render
 from interp.report.claims import VERDICTS, Claims
 
@@ -65,7 +65,9 @@ def write(out: str | os.PathLike[str] = "results") -> Path:
     folder = Path(out).expanduser()
     paths = sorted((folder / "notebooks").glob("*.ipynb"))
     if not paths:
-        raise FileNotFoundError(f"{folder / 'notebooks'} holds no executed notebook. Run first: interp reproduce --out {out}")
+        raise FileNotFoundError(
+            f"{folder / 'notebooks'} holds no executed notebook. Run first: interp reproduce --out {out}"
+        )
     chapters = [_chapter(path) for path in paths]
     shared = _shared(chapters)
     page = folder / "index.html"
@@ -77,9 +79,7 @@ def write(out: str | os.PathLike[str] = "results") -> Path:
         totals={verdict: sum(c.counts[verdict] for ch in chapters for c in ch.claims) for verdict in VERDICTS},
         arxiv=_arxiv,
     )
-    draft = folder / ".index.html.part"
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, page)
+    _tidy.replace_text(page, text)
     return page
 
 

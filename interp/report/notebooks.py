@@ -18,19 +18,10 @@ import nbformat
 
 from interp.core import places
 from interp.models import packaged
-from interp.report import _inputs
+from interp.report import _inputs, _tidy
 from interp.report.claims import MIME, Claims
 
-#: Tags of the cells that papermill adds to an executed notebook.
-_ADDED = {"injected-parameters", "papermill-error-cell-tag"}
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
-#: What differs between machines and runs in an output that is otherwise the same.
-_PRIVATE = [
-    (re.compile(re.escape(str(_inputs.PACKAGE.parent)) + r"(?![\w.-])"), "<interp>"),
-    (re.compile(re.escape(str(Path.home())) + r"(?![\w.-])"), "~"),
-    (re.compile(r"[^\s\"'(]*/ipykernel_\d+/\d+\.py"), "<cell>"),
-    (re.compile(r"\b0x[0-9a-f]{8,16}\b"), "0x…"),
-]
 
 
 class NotebookError(RuntimeError):
@@ -68,6 +59,21 @@ def available() -> list[str]:
         File names without `.ipynb`, sorted.
     """
     return sorted(path.stem for path in places.shipped("notebooks").glob("*.ipynb"))
+
+
+def defaults_of(key: str) -> dict[str, Any]:
+    """The parameters of a notebook.
+
+    Args:
+        key: its file name without `.ipynb`.
+
+    Returns:
+        {name: default}.
+
+    Raises:
+        ValueError: for an unknown key, or a parameters cell with more in it than constants.
+    """
+    return _defaults(key, nbformat.read(_find(key), as_version=4))
 
 
 def run(
@@ -113,7 +119,8 @@ def run(
     source = _find(key)
     notebook = nbformat.read(source, as_version=4)
     given = {"model": model, "device": device, "dtype": dtype, "fast": fast, "n_prompts": n_prompts, "seed": seed}
-    defaults, values = _values(key, notebook, {name: value for name, value in given.items() if value is not None})
+    defaults = _defaults(key, notebook)
+    values = _values(key, defaults, {name: value for name, value in given.items() if value is not None})
     target = Path(out).expanduser().resolve() / "notebooks" / f"{key}.ipynb"
     digest = _inputs.digest(notebook, values)
     if target.is_file() and record_of(target).get("digest") == digest:
@@ -127,9 +134,9 @@ def run(
         ) from error
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     _execute(key, notebook, changed, target, progress)
-    _write(nbformat.read(target, as_version=4), target)
+    _tidy.write(nbformat.read(target, as_version=4), target)
     record = {"digest": digest, "parameters": values, "versions": _inputs.versions(), "commit": _inputs.commit()}
-    _replace(_record_path(target), json.dumps(record, indent=1, sort_keys=True) + "\n")
+    _tidy.replace_text(_record_path(target), json.dumps(record, indent=1, sort_keys=True) + "\n")
     return NotebookRun(key, target, False, values)
 
 
@@ -154,13 +161,13 @@ def store(done: NotebookRun) -> Path:
             f"only a run with the notebook's own defaults is stored; {done.key} was run with {dict(done.parameters)}."
         )
     executed = nbformat.read(done.path, as_version=4)
-    cells = _own_cells(executed)
+    cells = _tidy.own_cells(executed)
     if [c.source for c in cells] != [c.source for c in shipped.cells]:
         raise ValueError(f"{source} was edited after it was run: run it again before storing.")
     for cell, original in zip(cells, shipped.cells, strict=True):
         cell["id"] = original.get("id", cell["id"])
     executed.cells = cells
-    _write(executed, source)
+    _tidy.write(executed, source)
     return source
 
 
@@ -202,7 +209,7 @@ def figures_of(path: str | os.PathLike[str]) -> list[Figure]:
         One `Figure` for each PNG output, in order, captioned with the nearest markdown heading above it.
     """
     figures, heading = [], ""
-    for cell in _own_cells(nbformat.read(path, as_version=4)):
+    for cell in _tidy.own_cells(nbformat.read(path, as_version=4)):
         if cell.cell_type == "markdown" and (headings := _HEADING.findall(cell.source)):
             heading = headings[-1]
         for output in cell.get("outputs", ()):
@@ -220,7 +227,7 @@ def title_of(path: str | os.PathLike[str]) -> str:
     Returns:
         Its first markdown heading; without one, the stem of its file name.
     """
-    for cell in _own_cells(nbformat.read(path, as_version=4)):
+    for cell in _tidy.own_cells(nbformat.read(path, as_version=4)):
         if cell.cell_type == "markdown" and (headings := _HEADING.findall(cell.source)):
             return headings[0]
     return Path(path).stem
@@ -235,7 +242,7 @@ def error_of(path: str | os.PathLike[str]) -> str:
     Returns:
         "cell 4 (In [3]): ValueError: ..." with cells counted from 1 as in the shipped notebook; "" without a failure.
     """
-    for number, cell in enumerate(_own_cells(nbformat.read(path, as_version=4)), start=1):
+    for number, cell in enumerate(_tidy.own_cells(nbformat.read(path, as_version=4)), start=1):
         for output in cell.get("outputs", ()):
             if output.output_type == "error":
                 line = f"{output.ename}: {output.evalue}".strip().splitlines()[0]
@@ -251,11 +258,14 @@ def _find(key: str) -> Path:
     return places.shipped("notebooks") / f"{key}.ipynb"
 
 
-def _values(key: str, notebook: nbformat.NotebookNode, given: dict[str, Any]) -> tuple[dict, dict]:
+def _defaults(key: str, notebook: nbformat.NotebookNode) -> dict[str, Any]:
     try:
-        defaults = _inputs.parameters(notebook)
+        return _inputs.parameters(notebook)
     except (ValueError, SyntaxError) as error:
         raise ValueError(f"notebook {key!r}: {error}") from None
+
+
+def _values(key: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in defaults:
             raise ValueError(f"notebook {key!r} has no parameter {name!r}; it has {', '.join(defaults) or 'none'}.")
@@ -263,7 +273,7 @@ def _values(key: str, notebook: nbformat.NotebookNode, given: dict[str, Any]) ->
     if model is not None and model not in packaged.catalogue() and Path(model).expanduser().exists():
         # The kernel works in the results folder: a path relative to the caller's would not be found there.
         given["model"] = str(Path(model).expanduser().resolve())
-    return defaults, defaults | given
+    return defaults | given
 
 
 def _execute(key: str, notebook: nbformat.NotebookNode, changed: dict[str, Any], target: Path, progress: bool) -> None:
@@ -312,54 +322,5 @@ def _this_interpreter() -> type:
     return ThisInterpreter
 
 
-def _own_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    return [cell for cell in notebook.cells if not _ADDED.intersection(cell.metadata.get("tags", ()))]
-
-
-def _write(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write a notebook without what differs from run to run or from machine to machine."""
-    notebook.metadata.clear()
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata["language_info"] = {"name": "python"}
-    for cell in notebook.cells:
-        tags = cell.metadata.get("tags", [])
-        cell.metadata.clear()
-        if tags:
-            cell.metadata["tags"] = tags
-        if "injected-parameters" in tags:
-            cell["id"] = "injected-parameters"
-        if cell.cell_type == "code":
-            cell["outputs"] = [output for output in cell.outputs if not _is_progress(output)]
-        for output in cell.get("outputs", ()):
-            output.update(_scrub(dict(output)))
-    _replace(path, nbformat.writes(notebook) + "\n")
-
-
-def _scrub(value: Any) -> Any:
-    """An output without paths of this machine and memory addresses."""
-    if isinstance(value, dict):
-        # An image is base64, where the letters of a path can stand by chance.
-        return {k: v if str(k).startswith("image/") else _scrub(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_scrub(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    for pattern, shown in _PRIVATE:
-        value = pattern.sub(shown, value)
-    return value
-
-
-def _is_progress(output: nbformat.NotebookNode) -> bool:
-    if output.output_type == "stream":
-        return output.name == "stderr" and "\r" in output.text
-    return "application/vnd.jupyter.widget-view+json" in output.get("data", ())
-
-
 def _record_path(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
