@@ -26,8 +26,8 @@ lint: $(DEV) ## Ruff: style, imports, docstrings, formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(DEV) ## Pyright over interp/
-	@$(BIN)/pyright
+types: $(DEV) ## Mypy over interp/
+	@$(BIN)/mypy
 
 unit: $(DEV) ## Tests and doctests, with run-time shape checks on
 	@$(INTERP) models fetch smollm2-135m
@@ -46,7 +46,7 @@ readme: $(DEV) ## Rewrite the README's table of methods from the registry
 	@$(BIN)/python -m interp.report.readme
 
 clean: ## Remove results, build files and the virtual environment
-	rm -rf results build dist $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf results build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -59,7 +59,7 @@ $(BIN)/pip:
 
 # $(call install,extras): the tested versions, quietly; pip says what went wrong when something does.
 install = echo "Installing interp[$(1)] into $(VENV), once; this takes minutes and a few gigabytes of disk ..." && \
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(1)]"
+	$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable ".[$(1)]"
 
 $(USE): pyproject.toml constraints.txt | $(BIN)/pip
 	@$(call install,notebooks)
