@@ -52,7 +52,7 @@ def self_check(model: Model, raw_log_probs: Tensor | None = None) -> dict[str, f
     Cost: two forward passes of 12 tokens; 0.5 s of CPU for the default model.
     """
     last = model.n_layers - 1
-    tokens = _tokens(max(model.d_vocab, 1000), model.device)
+    tokens = _tokens(model.d_vocab or model.bridge.cfg.d_vocab, model.device)
     mixers = [f"blocks.{layer}.hook_attn_out" for layer in range(model.n_layers)]
     mixers += [f"blocks.{layer}.hook_mlp_out" for layer in range(model.n_layers)]
     middle = model.n_layers // 2

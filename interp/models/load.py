@@ -100,12 +100,21 @@ def boot(module: nn.Module, tokenizer: Any, name: str, *, process: bool, centred
 
     device = next(module.parameters()).device
     dtype = next(module.parameters()).dtype
-    # Without a tokenizer the bridge would go looking for one on the hub.
     bridge = TransformerBridge.boot_transformers(
-        name, hf_model=module, tokenizer=tokenizer, device=device, dtype=dtype
+        name, hf_model=module, tokenizer=_for_bridge(tokenizer), device=device, dtype=dtype
     )
     bridge.enable_compatibility_mode(disable_warnings=True, no_processing=not process or centred)
     return bridge.eval()
+
+
+def _for_bridge(tokenizer: Any) -> Any:
+    # The bridge loads the tokenizer a second time, from the folder or the hub, unless it says that it adds BOS; for a
+    # tokenizer in memory there is nothing to load. It then looks at what the tokenizer does, not at what it says.
+    own = copy.copy(tokenizer)
+    own.init_kwargs = {**tokenizer.init_kwargs, "name_or_path": tokenizer.name_or_path, "add_bos_token": True}
+    if isinstance(getattr(tokenizer, "_special_tokens_map", None), dict):
+        own._special_tokens_map = dict(tokenizer._special_tokens_map)  # the bridge fills in a padding token
+    return own
 
 
 def _from_package(name: str, weights: Weights | None, dtype: torch.dtype, device: torch.device) -> Model:
@@ -194,6 +203,7 @@ def _describe(
     bridge: Any, tokenizer: Any, name: str, weights: Weights, digest: str, *, headless: bool = False
 ) -> Model:
     cfg = bridge.cfg
+    original = getattr(getattr(bridge, "original_model", None), "config", None)
     causal = getattr(getattr(bridge, "adapter", None), "supports_generation", True)
     return Model(
         bridge=bridge,
@@ -207,7 +217,7 @@ def _describe(
         n_key_value_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
         d_model=cfg.d_model,
         d_head=cfg.d_head,
-        d_mlp=cfg.d_mlp,
+        d_mlp=getattr(original, "ffn_dim", None) or cfg.d_mlp,  # the bridge misses OPT's name for it
         d_vocab=0 if headless else cfg.d_vocab,
         n_ctx=cfg.n_ctx,
         gated_mlp=bool(getattr(cfg, "gated_mlp", False)),
