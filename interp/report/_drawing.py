@@ -62,7 +62,8 @@ def style() -> Iterator[None]:
 def canvas(ax: Axes | None, width: float, height: float) -> Axes:
     """The axes given, or those of a new figure of that size in inches, with small ticks."""
     if ax is None:
-        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+        # "compressed" is "constrained" for axes that keep their cells square.
+        _, ax = plt.subplots(figsize=(width, height), layout="compressed")
     # Ticks are made when the figure is drawn, outside `style`, so their size is set on the axes.
     ax.tick_params(labelsize=TICK_SIZE, width=0.6, length=2.5, pad=2)
     return ax
@@ -230,7 +231,7 @@ def _in_axes(ax: Axes, points: np.ndarray) -> np.ndarray:
 
 
 def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+    return bool(one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3])
 
 
 def lay_out(str_tokens: Sequence[str], texts: Sequence[str], room: int) -> list[tuple[int, int, int, str]]:

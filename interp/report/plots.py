@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -311,11 +312,15 @@ def tokens(str_tokens: Sequence[str], values: Any, *, unit: str, ax: Axes | None
         raise ValueError(f"tokens needs one value a token; got {len(str_tokens)} tokens and values of {numbers.shape}.")
     size, advance = drawing.TICK_SIZE, 0.605 * drawing.TICK_SIZE / 72  # inches a character of DejaVu Sans Mono takes
     texts = [visible(token) for token in str_tokens]
-    width = SINGLE if sum(map(drawing.columns_of, texts)) <= 220 else DOUBLE
-    room = int(((width - 0.15) if ax is None else drawing.inches(ax)[0]) / advance)
+    width, edge = SINGLE if sum(map(drawing.columns_of, texts)) <= 220 else DOUBLE, 0.05
+    room = int((width - 2 * edge if ax is None else drawing.inches(ax)[0]) / advance)
     placed = drawing.lay_out(str_tokens, texts, room)
     n_lines = 1 + max((line for line, _, _, _ in placed), default=0)
-    ax = drawing.canvas(ax, width, 0.18 * n_lines + 0.55)
+    if ax is None:
+        # Placed by hand: a character has one width, which a layout engine would not keep.
+        height = 0.18 * n_lines + 0.5
+        box = (edge / width, 1 - (edge + 0.18 * n_lines) / height, 1 - 2 * edge / width, 0.18 * n_lines / height)
+        ax = plt.figure(figsize=(width, height)).add_axes(box)
     cmap, norm = drawing.colours(numbers, sequential="Blues")
     mappable = ScalarMappable(norm, colormaps[cmap].with_extremes(bad="0.85"))
     for (line, start, length, text), colour in zip(
@@ -329,7 +334,9 @@ def tokens(str_tokens: Sequence[str], values: Any, *, unit: str, ax: Axes | None
         )  # fmt: skip
     ax.set(xlim=(0, room), ylim=(n_lines - 0.5, -0.5))
     ax.axis("off")
-    drawing.colour_bar(ax, mappable, unit, below=(0, -0.8 / n_lines, min(1.0, 35 / room), 0.45 / n_lines))
+    # Two characters from either edge, where the bar's first and last tick labels need room.
+    bar = (2 / room, -0.8 / n_lines, min(1 - 4 / room, 35 / room), 0.45 / n_lines)
+    drawing.colour_bar(ax, mappable, unit, below=bar)
     return ax
 
 
