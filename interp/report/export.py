@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -33,11 +34,13 @@ _NO_METADATA: dict[str, dict[str, None]] = {
 _RC = {"svg.hashsalt": "interp", "svg.fonttype": "path", "pdf.fonttype": 42}
 _DPI = 300
 
-Thing = Axes | Figure | Result | pd.DataFrame
-
 
 def save(
-    thing: Thing, path: str | os.PathLike[str], *, formats: Sequence[str] | None = None, digits: int = 4
+    thing: Axes | Figure | Result | pd.DataFrame,
+    path: str | os.PathLike[str],
+    *,
+    formats: Sequence[str] | None = None,
+    digits: int = 4,
 ) -> list[Path]:
     r"""Write a figure as PDF, SVG and PNG, or a table as CSV, LaTeX and JSON.
 
@@ -74,7 +77,7 @@ def _writers(thing: Any, digits: int) -> dict[str, Callable[[], bytes]]:
     if isinstance(thing, Axes):
         thing = thing.get_figure(root=True)
     if isinstance(thing, Figure):
-        return {form: lambda form=form: _figure(thing, form) for form in _NO_METADATA}
+        return {form: functools.partial(_figure, thing, form) for form in _NO_METADATA}
     if isinstance(thing, (Result, pd.DataFrame)):
         return {"csv": lambda: _csv(thing), "tex": lambda: _tex(thing, digits), "json": lambda: _json(thing)}
     raise TypeError(

@@ -114,6 +114,15 @@ def test_heatmap_rows_of_text_keep_the_tables_order():
     np.testing.assert_array_equal(ax.images[0].get_array(), [[0, 3], [1, 4], [2, 5]])
 
 
+def test_numbers_are_in_ascending_order_whatever_the_tables():
+    r = result()
+    shuffled = Result("m", r.table.sample(frac=1, random_state=0), "logits")
+    in_order, other = plots.heatmap(r), plots.heatmap(shuffled)
+    # Means of the same numbers in another order of summation.
+    np.testing.assert_allclose(other.images[0].get_array(), in_order.images[0].get_array(), rtol=1e-12)
+    assert [t.get_text() for t in plots.bars(shuffled, x="layer").get_xticklabels()] == ["0", "1", "2", "3", "4", "5"]
+
+
 def test_signed_values_are_centred_on_white_and_others_are_not():
     signed = plots.heatmap(pd.DataFrame({"layer": [0, 1], "head": [0, 0], "value": [-1.0, 3.0]})).images[0]
     assert (signed.norm.vmin, signed.norm.vmax) == (-3.0, 3.0)
