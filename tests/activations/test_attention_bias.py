@@ -207,7 +207,8 @@ def test_measures_of_a_planted_block() -> None:
     resid = torch.ones(4, 5, 8)
     resid[0, 0, 3] = -5000  # massive, at position 0
     resid[1, 2, 3] = 5000  # massive, elsewhere
-    resid[2, 0, 3], resid[2] = 90, resid[2] * 0.01  # 90 times the median and then small: neither
+    resid[2] *= 0.01
+    resid[2, 0, 3] = 90  # 9000 times the median, but not above 100
     resid[3] *= 6
     resid[3, 0, 3] = 5000  # above 100, but only 833 times the median
     pattern = torch.zeros(4, 2, 5, 6)
@@ -387,6 +388,19 @@ def test_held_out_text_is_not_trained_on() -> None:
     assert train.tolist() == list(range(900)) and windows.min() == 900
     assert windows.shape == (100 // 13, 13) and len(windows.unique()) == windows.numel()
     assert attention_bias._split(torch.arange(100_000), 12)[1].shape == (32, 13)
+
+
+def test_every_step_reads_other_windows_and_every_arm_the_same() -> None:
+    settings = {**SHAPE, "d_vocab": 10_000, "steps": 6, "batch": 4, "learning_rate": 1e-3, "evaluations": 1}
+    windows: dict[str, list[list[int]]] = {}
+    for arm in ARMS:
+        run = attention_bias._Run(arm, 0, settings, Path("not there"), "cpu", torch.float32)
+        for run.step in range(6):
+            batch = run._batch(torch.arange(10_000))
+            assert batch.shape == (4, 13) and (batch.diff(dim=1) == 1).all()
+            windows.setdefault(arm, []).append(batch[:, 0].tolist())
+    assert windows["default"] == windows["sink"] == windows["attn_bias"]
+    assert len(set(sum(windows["default"], []))) == 24
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth() -> None:
