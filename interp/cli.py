@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _OneMessage(TyperGroup):
     """Shows an expected error as its message; INTERP_DEBUG=1 shows where it came from."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

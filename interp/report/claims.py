@@ -106,7 +106,8 @@ class Claims:
     @property
     def counts(self) -> dict[str, int]:
         """How many claims got each verdict, in the order of `VERDICTS`, zeros included."""
-        return {verdict: int((self.table["verdict"] == verdict).sum()) for verdict in VERDICTS}
+        found = self.table["verdict"].tolist()
+        return {verdict: found.count(verdict) for verdict in VERDICTS}
 
     def rows(self) -> list[dict[str, Any]]:
         """The table as one dict a claim, with `shown`: the measured number as text, or a dash."""
@@ -225,20 +226,24 @@ def read(key: str) -> tuple[dict[str, str], tuple[str, ...], pd.DataFrame]:
             f"no paper {key!r}: data/papers/{key}/claims.csv is missing. Nearest: {', '.join(near) or 'none'}."
         )
     origin, notes, body = _split_header(path)
-    table = pd.DataFrame(list(csv.DictReader(io.StringIO(body), strict=True)))
-    if list(table.columns) != list(COLUMNS):
-        raise ValueError(
-            f"{path}: the columns must be {','.join(COLUMNS)}; they are {','.join(map(str, table.columns))}."
-        )
-    for record in table.to_dict("records"):
-        _check_row(path, record)
+    try:
+        header, *rows = [row for row in csv.reader(io.StringIO(body), strict=True) if row]
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}.") from None
+    if header != list(COLUMNS):
+        raise ValueError(f"{path}: the columns must be {','.join(COLUMNS)}; they are {','.join(header)}.")
+    if not rows:
+        raise ValueError(f"{path} has no claims: add one row a claim below the line of column names.")
+    for row in rows:
+        _check_row(path, row)
+    table = pd.DataFrame(rows, columns=header)
     ids = table["id"].tolist()
     if repeated := [name for name in ids if ids.count(name) > 1]:
         raise ValueError(f"{path}: claim id {repeated[0]!r} is used twice.")
     return origin, notes, table
 
 
-def check(key: str, measured: Mapping[str, float | Untestable], *, model: Model, conditions: str = "") -> Claims:
+def check(key: str, measured: Mapping[str, Any], *, model: Model, conditions: str = "") -> Claims:
     """Set what this run measured beside a paper's claims, and give each its verdict.
 
     A claim is "reproduced" when the number meets the row's `reproduced` criterion, "partly" when it meets only
@@ -282,7 +287,7 @@ def check(key: str, measured: Mapping[str, float | Untestable], *, model: Model,
 
 
 def _split_header(path: Path) -> tuple[dict[str, str], tuple[str, ...], str]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     size = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     comments = [line[1:].strip() for line in lines[:size]]
     origin = {}
@@ -295,11 +300,18 @@ def _split_header(path: Path) -> tuple[dict[str, str], tuple[str, ...], str]:
     return origin, notes, "".join(lines[size:])
 
 
-def _check_row(path: Path, row: Mapping[Any, Any]) -> None:
-    name = row["id"]
+def _check_row(path: Path, cells: list[str]) -> None:
+    name = cells[0]
+    if len(cells) != len(COLUMNS):
+        raise ValueError(
+            f"{path}: the row of claim {name!r} has {len(cells)} cells, not {len(COLUMNS)}: quote a cell that has a comma."
+        )
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(
+            f"{path}: claim id {name!r} may have only letters, digits, '_', '-' and '.': it becomes a link."
+        )
+    row = dict(zip(COLUMNS, cells, strict=True))
     for column in COLUMNS:
-        if row[column] is None:
-            raise ValueError(f"{path}: the row of claim {name!r} has too few cells.")
         if not row[column].strip() and column != "partly":
             raise ValueError(f"{path}: claim {name!r} has an empty {column!r}; only 'partly' may be empty.")
     try:
@@ -310,7 +322,7 @@ def _check_row(path: Path, row: Mapping[Any, Any]) -> None:
         raise ValueError(f"{path}: claim {name!r}: {error}") from None
 
 
-def _judge(key: str, row: Mapping[Any, Any], value: float | Untestable) -> tuple[float, str, str]:
+def _judge(key: str, row: Mapping[Any, Any], value: Any) -> tuple[float, str, str]:
     if isinstance(value, Untestable):
         return float("nan"), "not testable", value.why
     if isinstance(value, (str, bytes)):
@@ -341,8 +353,6 @@ def _shown(row: Mapping[Any, Any]) -> str:
     if math.isnan(value):
         return "–"
     criteria = [parse_criterion(row[c]) for c in ("reproduced", "partly") if row[c].strip()]
-    for digits in range(4, 18):
-        text = f"{value:.{digits}g}"
-        if all(c.holds(float(text)) == c.holds(value) for c in criteria):
-            break
-    return text
+    texts = (f"{value:.{digits}g}" for digits in range(4, 17))
+    faithful = (text for text in texts if all(c.holds(float(text)) == c.holds(value) for c in criteria))
+    return next(faithful, repr(value))

@@ -317,7 +317,7 @@ def _this_interpreter() -> type:
     )
 
     class ThisInterpreter(AsyncKernelManager):
-        kernel_spec = property(lambda self: spec)
+        kernel_spec = property(lambda self: spec)  # pyright: ignore[reportIncompatibleMethodOverride]
 
     return ThisInterpreter
 
