@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 ARMS = ("default", "sink", "attn_bias")
 
 
-class Seen(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Seen:
     """What one block showed: its output `[batch pos d_model]` and its attention `[batch head q_pos k_pos]`.
 
     In the arm "sink", position 0 of both is the sink and the text begins at 1. In the arm "attn_bias", column 0 of the
