@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from interp.models.model import Model
+from interp.tasks._prompts import continuation
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,17 @@ class Task:
             tensor = getattr(self, label)
             if tensor is not None and len(tensor) != len(self.prompts):
                 raise ValueError(f"task {self.name!r}: {label} has {len(tensor)} rows for {len(self.prompts)} prompts.")
+            if tensor is not None and label in ("corrupt", "mask") and tensor.shape != self.clean.shape:
+                raise ValueError(
+                    f"task {self.name!r}: {label} is {tuple(tensor.shape)} and clean {tuple(self.clean.shape)}; both "
+                    "are [batch pos] of one shape."
+                )
+        for label, where in self.positions.items():
+            if tuple(where.shape) != (len(self.prompts),):
+                raise ValueError(
+                    f"task {self.name!r}: position {label!r} is {tuple(where.shape)}; it needs one position for each "
+                    f"of the {len(self.prompts)} prompts."
+                )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -114,9 +126,9 @@ class Task:
             model: whose tokenizer is used.
             name: name of the task.
             clean: prompts whose answer is `answers`.
-            corrupt: prompts whose answer is `wrong`.
-            answers: right answers, one token each.
-            wrong: wrong answers, one token each.
+            corrupt: prompts for which `answers` is not the answer (but `wrong` is, or none).
+            answers: right answers, one token each where they follow the clean prompt (" Paris", with its space).
+            wrong: wrong answers, likewise.
             positions: named positions, counted from the start of each unpadded prompt; "end" is added.
             source: where the data are from.
             prepend_bos: see `Model.tokenize`.
@@ -125,7 +137,8 @@ class Task:
             The Task; prompts of different lengths are padded on the left, with a mask.
 
         Raises:
-            ValueError: naming the first pair with unequal token lengths, equal prompts, or an answer of several tokens.
+            ValueError: naming the first pair with unequal token lengths, equal prompts, an answer that is not one token
+                after its prompt, equal answers, or a position outside the prompt.
         """
         if not len(clean) == len(corrupt) == len(answers) == len(wrong):
             raise ValueError(
@@ -142,22 +155,57 @@ class Task:
                     f"task {name!r}, pair {index}: the clean prompt has {lengths[0]} tokens and the corrupt one "
                     f"{lengths[1]}: {one!r} / {other!r}. Patching needs them aligned: reword one of them."
                 )
-            if one == other:
+            if torch.equal(first.ids[index], second.ids[index]):
                 raise ValueError(f"task {name!r}, pair {index}: clean and corrupt are the same prompt: {one!r}.")
+            if answers[index] == wrong[index]:
+                raise ValueError(
+                    f"task {name!r}, pair {index}: {answers[index]!r} is both the answer and the wrong answer."
+                )
         width = first.ids.shape[1]
-        offset = width - first.mask.sum(1)
-        named = {
-            key: torch.as_tensor(list(where), device=offset.device) + offset for key, where in (positions or {}).items()
-        }
-        named["end"] = torch.full((len(clean),), width - 1, device=offset.device)
+        lengths = first.mask.sum(1)
+        named = {key: _padded(name, key, where, lengths, width) for key, where in (positions or {}).items()}
+        if "end" in named:
+            raise ValueError(f"task {name!r}: position 'end' is the last token and is added here: leave it out.")
+        named["end"] = torch.full((len(clean),), width - 1, device=lengths.device)
         return cls(
             name=name,
             prompts=tuple(clean),
             clean=first.ids,
             corrupt=second.ids,
-            answers=torch.tensor([model.single_token(a) for a in answers], device=offset.device),
-            wrong=torch.tensor([model.single_token(a) for a in wrong], device=offset.device),
+            answers=_answer_ids(model, name, clean, answers),
+            wrong=_answer_ids(model, name, clean, wrong),
             positions=named,
             mask=None if bool(first.mask.all()) else first.mask,
             source=source,
         )
+
+
+def _padded(task: str, key: str, where: Sequence[int], lengths: Tensor, width: int) -> Tensor:
+    """Positions in the padded batch, from positions in each prompt."""
+    given = torch.as_tensor(list(where), device=lengths.device)
+    if given.shape != lengths.shape:
+        raise ValueError(f"task {task!r}: position {key!r} has {len(given)} values for {len(lengths)} prompts.")
+    outside = (given < 0) | (given >= lengths)
+    if bool(outside.any()):
+        index = int(outside.nonzero()[0])
+        raise ValueError(
+            f"task {task!r}, pair {index}: position {key!r} is {int(given[index])}, but the prompt has "
+            f"{int(lengths[index])} tokens, counted from 0."
+        )
+    return given + width - lengths
+
+
+def _answer_ids(model: Model, task: str, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+    """Id of each answer where it follows its prompt."""
+    ids = []
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        token = continuation(model, prompt, answer)
+        if token is None:
+            pieces = model.to_str_tokens(model.tokenize(answer, prepend_bos=False).ids[0])
+            raise ValueError(
+                f"task {task!r}, pair {index}: {answer!r} is not one known token of {model.name} after {prompt!r}; "
+                f"alone it is {pieces}. Choose another answer; it starts with a space where the prompt ends with a "
+                "word, and the prompt must not end with a space."
+            )
+        ids.append(token)
+    return torch.tensor(ids, device=model.device)
