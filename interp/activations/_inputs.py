@@ -35,12 +35,21 @@ def inputs(model: Model, task: Task | Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("no prompts were given: pass a task or a tensor with at least one row.")
     tensor = tensor.to(model.device)
     if model.kind == "vision":
-        return tensor, torch.ones((len(tensor), model.n_ctx), dtype=torch.long, device=model.device)
+        from interp.models.vision import token_names
+
+        n_tokens = len(token_names(model.bridge.module, _size(tensor)))
+        return tensor, torch.ones((len(tensor), n_tokens), dtype=torch.long, device=model.device)
     if tensor.ndim != 2:
         raise ValueError(f"tokens have shape {tuple(tensor.shape)}; {model.name} needs token ids [batch pos].")
     if tensor.shape[1] > model.n_ctx:
         raise ValueError(f"the prompts have {tensor.shape[1]} tokens, but {model.name} has a context of {model.n_ctx}.")
     return tensor, torch.ones_like(tensor) if mask is None else mask.to(model.device)
+
+
+def _size(pixels: Task | Tensor) -> tuple[int, int]:
+    if isinstance(pixels, Task) or pixels.ndim != 4:
+        raise ValueError("a vision model needs pixels [batch channel height width].")
+    return int(pixels.shape[2]), int(pixels.shape[3])
 
 
 def fingerprint(task: Task | Tensor) -> str:
@@ -95,7 +104,7 @@ def token_namer(model: Model, task: Task | Tensor) -> Callable[[int, int], str]:
     if model.kind == "vision":
         from interp.models.vision import token_names
 
-        names = token_names(model)
+        names = token_names(model.bridge.module, _size(task))
         return lambda prompt, pos: names[pos]
     ids = inputs(model, task)[0].tolist()
     return lambda prompt, pos: model.tokenizer.decode([ids[prompt][pos]]) if model.tokenizer else str(ids[prompt][pos])
@@ -127,3 +136,17 @@ def first_positions(mask: Tensor) -> np.ndarray:
         `[batch]`.
     """
     return mask.argmax(1).cpu().numpy()
+
+
+def first_token(mask: Tensor) -> Tensor:
+    """Where each prompt's first token is.
+
+    Args:
+        mask: `[batch pos]`, padding on the left.
+
+    Returns:
+        Boolean `[batch pos]`, true once a row.
+    """
+    first = torch.zeros_like(mask, dtype=torch.bool)
+    first[torch.arange(len(mask), device=mask.device), mask.argmax(1)] = True
+    return first

@@ -7,16 +7,19 @@ and at delimiters, and hardly depend on the input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from interp.activations._inputs import first_positions, fingerprint, inputs, provenance, token_kind, token_namer
+from interp.activations._inputs import fingerprint, first_positions, inputs, provenance, token_kind, token_namer
 from interp.core.batching import sweep
 from interp.core.registry import method
 from interp.core.result import Result
-from interp.models.hooks import run
+from interp.models.hooks import HookFn, run
 from interp.models.model import Model
 from interp.tasks.task import Task
 
@@ -81,23 +84,7 @@ def detect(
         identity={"method": "massive.detect", "task": fingerprint(task), **model.provenance, **options},
         description="massive activations",
     )
-    where, values = found["where"], found["values"]
-    name = token_namer(model, task)
-    starts = first_positions(mask)
-    tokens = [name(int(prompt), int(pos)) for prompt, _, pos, _ in where]
-    table = pd.DataFrame(where, columns=["prompt", "layer", "pos", "feature"]).assign(
-        token=np.array(tokens, dtype=object),
-        component=[
-            token_kind(token, pos == starts[prompt])
-            for token, (prompt, _, pos, _) in zip(tokens, where, strict=True)
-        ],
-        value=values[:, 0].astype(np.float64),
-        value_ratio=values[:, 1].astype(np.float64),
-    )
-    table = table.sort_values(["prompt", "layer", "pos", "feature"], ignore_index=True)
-    arrays = {"profile": (("prompt", "layer", "rank"), found["profile"])}
-    meta = provenance(model, task, n_prompts=len(tensor), n_layers=model.n_layers, **options)
-    return Result("massive.detect", table, "residual-stream units", arrays, meta)
+    return _as_result("massive.detect", found, model, task, **options)
 
 
 @method(name="Massive activations: layer profile", paper=_PAPER, notebook="massive_activations")
@@ -152,7 +139,10 @@ def locate(detected: Result) -> Result:
     entries = detected.table.assign(value_magnitude=detected.table["value"].abs())
     grouped = entries.groupby(keys, sort=True)
     table = pd.DataFrame(
-        {"value": grouped["prompt"].nunique() / detected.meta["n_prompts"], "value_magnitude": grouped["value_magnitude"].mean()}
+        {
+            "value": grouped["prompt"].nunique() / detected.meta["n_prompts"],
+            "value_magnitude": grouped["value_magnitude"].mean(),
+        }
     ).reset_index()
     return Result("massive.locate", table, "share of prompts", meta=detected.meta)
 
@@ -219,41 +209,57 @@ def first_layer(detected: Result, *, share: float = 0.5) -> int:
     return int(layers.min())
 
 
+def _as_result(name: str, found: dict[str, np.ndarray], model: Model, task: Task | Tensor, **options: Any) -> Result:
+    """The table of massive entries, with the text and class of their tokens, from what `_scan` found."""
+    where, values = found["where"], found["values"]
+    named = token_namer(model, task)
+    starts = first_positions(inputs(model, task)[1])
+    tokens = [named(int(prompt), int(pos)) for prompt, _, pos, _ in where]
+    kinds = [token_kind(token, pos == starts[prompt]) for token, (prompt, _, pos, _) in zip(tokens, where, strict=True)]
+    table = pd.DataFrame(where, columns=["prompt", "layer", "pos", "feature"]).assign(
+        token=np.array(tokens, dtype=object),
+        component=np.array(kinds, dtype=object),
+        value=values[:, 0].astype(np.float64),
+        value_ratio=values[:, 1].astype(np.float64),
+    )
+    table = table.sort_values(["prompt", "layer", "pos", "feature"], ignore_index=True)
+    arrays = {"profile": (("prompt", "layer", "rank"), found["profile"])}
+    meta = provenance(model, task, n_prompts=len(starts), n_layers=model.n_layers, **options)
+    return Result(name, table, "residual-stream units", arrays, meta)
+
+
 def _scan(
-    model: Model, tensor: Tensor, mask: Tensor, offset: int, min_magnitude: float, min_ratio: float
+    model: Model,
+    tensor: Tensor,
+    mask: Tensor,
+    offset: int,
+    min_magnitude: float,
+    min_ratio: float,
+    hooks: Sequence[tuple[str, HookFn]] = (),
 ) -> dict[str, np.ndarray]:
     """Run one batch; each layer's stream is reduced inside its hook and never kept."""
     profile = np.empty((len(tensor), model.n_layers, len(_RANKS)), dtype=np.float32)
     where: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    padded = not bool(mask.all())
 
     def reduce(layer: int, stream: Tensor) -> None:
-        size = stream.detach().abs()
-        if padded:
-            # Padding has no activations; -1 lies below every magnitude.
-            size = size.masked_fill(~mask.bool()[..., None], -1.0)
-        flat = size.flatten(1)
-        top = flat.topk(3, dim=1).values.float()
+        top, median, massive = _criteria(stream.detach(), mask, min_magnitude, min_ratio)
         if not bool(top[:, 0].isfinite().all()):  # NaN sorts above everything, so it is in the top too
             raise _non_finite(model, layer, stream, offset)
-        median = _median(flat, mask.sum(1) * size.shape[2] if padded else None)
         profile[:, layer] = torch.cat([top, median[:, None]], dim=1).cpu().numpy()
-        threshold = (min_ratio * median).clamp(min=min_magnitude)
-        if not bool((top[:, 0] >= threshold).any()):
+        if massive is None:
             return
-        massive = (size >= threshold[:, None, None].to(size.dtype)) & (size.float() > min_magnitude)
-        prompt, pos, feature = (index.cpu().numpy() for index in massive.nonzero(as_tuple=True))
-        entries = stream[massive].float()
-        ratios = entries.abs() / median[massive.nonzero(as_tuple=True)[0]]
+        index = massive.nonzero(as_tuple=True)
+        prompt, pos, feature = (axis.cpu().numpy() for axis in index)
+        entries = stream[index].float()
         where.append(np.stack([prompt + offset, np.full_like(prompt, layer), pos, feature], axis=1))
-        values.append(torch.stack([entries, ratios], dim=1).cpu().numpy())
+        values.append(torch.stack([entries, entries.abs() / median[index[0]]], dim=1).cpu().numpy())
 
-    hooks = [
+    reducers: list[tuple[str, HookFn]] = [
         (f"blocks.{layer}.hook_resid_post", lambda stream, hook, layer=layer: reduce(layer, stream))
         for layer in range(model.n_layers)
     ]
-    run(model, tensor, hooks=hooks, mask=mask, stop_after=model.n_layers - 1)
+    run(model, tensor, hooks=[*hooks, *reducers], mask=mask, stop_after=model.n_layers - 1)
     return {
         "profile": profile,
         "where": np.concatenate(where) if where else np.empty((0, 4), dtype=np.int64),
@@ -261,11 +267,32 @@ def _scan(
     }
 
 
+def _criteria(
+    stream: Tensor, mask: Tensor, min_magnitude: float, min_ratio: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Top three |h| `[batch 3]`, median `[batch]`, and where the stream is massive `[batch pos d_model]`, if anywhere."""
+    size = stream.abs()
+    padded = not bool(mask.all())
+    if padded:
+        size = size.masked_fill(~mask.bool()[..., None], -1.0)  # padding has no activations
+    flat = size.flatten(1)
+    top = flat.topk(3, dim=1).values.float()
+    median = _median(flat, mask.sum(1) * size.shape[2] if padded else None)
+    threshold = (min_ratio * median).clamp(min=min_magnitude)
+    if not bool((top[:, 0] >= threshold).any()):
+        return top, median, None
+    size = size.float()
+    return top, median, (size >= threshold[:, None, None]) & (size > min_magnitude)
+
+
 def _median(flat: Tensor, counts: Tensor | None) -> Tensor:
     """Lower median of each row; with counts, of the `counts[row]` largest entries (the rest is padding at -1)."""
     if counts is None:
         return flat.median(dim=1).values.float()
-    rows = [row.topk(int(count), largest=True, sorted=False).values.median() for row, count in zip(flat, counts, strict=True)]
+    rows = [
+        row.topk(int(count), largest=True, sorted=False).values.median()
+        for row, count in zip(flat, counts, strict=True)
+    ]
     return torch.stack(rows).float()
 
 

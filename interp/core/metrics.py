@@ -36,9 +36,7 @@ def log_prob(logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, " batc
     return _at(logits, answers) - logits.logsumexp(-1)
 
 
-def kl(
-    logits: Float[Tensor, "batch d_vocab"], reference: Float[Tensor, "batch d_vocab"]
-) -> Float[Tensor, " batch"]:
+def kl(logits: Float[Tensor, "batch d_vocab"], reference: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
     """Kullback-Leibler divergence KL(reference || logits) of the next-token distributions.
 
     Args:
@@ -96,4 +94,8 @@ def _at(logits: Tensor, tokens: Tensor) -> Tensor:
             f"logits have shape {tuple(logits.shape)}; give those of the position that predicts the answer, "
             "[batch d_vocab], for example logits[:, -1]."
         )
-    return logits.gather(-1, tokens[:, None].to(logits.device)).squeeze(-1).to(torch.promote_types(logits.dtype, torch.float32))
+    return (
+        logits.gather(-1, tokens[:, None].to(logits.device))
+        .squeeze(-1)
+        .to(torch.promote_types(logits.dtype, torch.float32))
+    )

@@ -25,7 +25,9 @@ def shipped(name: str) -> Path:
     for candidate in (_PACKAGE.parent / name, _PACKAGE / f"_{name}"):
         if candidate.is_dir():
             return candidate
-    raise FileNotFoundError(f"the project's {name!r} folder was not found beside or inside {_PACKAGE}: reinstall interp.")
+    raise FileNotFoundError(
+        f"the project's {name!r} folder was not found beside or inside {_PACKAGE}: reinstall interp."
+    )
 
 
 def cache_folder() -> Path:

@@ -215,4 +215,6 @@ class Result:
 
     def _require(self, column: str) -> None:
         if column not in self.table.columns:
-            raise KeyError(f"{self.method}: no column {column!r}; this Result has {', '.join(map(str, self.table.columns))}.")
+            raise KeyError(
+                f"{self.method}: no column {column!r}; this Result has {', '.join(map(str, self.table.columns))}."
+            )

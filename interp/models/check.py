@@ -85,7 +85,9 @@ def self_check(model: Model, raw_log_probs: Tensor | None = None) -> dict[str, f
         found = plain.logits[0].float().log_softmax(-1)
         likely = raw_log_probs > -20  # below e^-20 a log-probability is rounding noise
         gap = float((found - raw_log_probs.to(found.device))[likely].abs().max())
-        _verdict(model, measured, f"{model.weights} log-probabilities equal the original's", gap, 1e-4 if exact else 0.5)
+        _verdict(
+            model, measured, f"{model.weights} log-probabilities equal the original's", gap, 1e-4 if exact else 0.5
+        )
     return measured
 
 

@@ -180,7 +180,9 @@ def _finish(
         module = _with_empty_head(module)
     encoder = getattr(module.config, "model_type", "") == "bert"
     if encoder and weights == "processed":
-        raise ValueError(f"{name} normalises after its residual adds, so its norms cannot be folded: use weights='raw'.")
+        raise ValueError(
+            f"{name} normalises after its residual adds, so its norms cannot be folded: use weights='raw'."
+        )
     process = not encoder and weights != "raw"
     reference = None if encoder else check.reference(module, device)
     bridge = boot(module, tokenizer, name, process=process)

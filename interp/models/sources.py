@@ -63,7 +63,9 @@ def from_folder(folder: Path, dtype: torch.dtype, *, tokenizer: Any = None) -> t
                 folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, local_files_only=True
             )
     except (SafetensorError, OSError, EOFError) as error:
-        raise ValueError(f"the weights in {folder} cannot be read ({error}): truncated? Download them again.") from error
+        raise ValueError(
+            f"the weights in {folder} cannot be read ({error}): truncated? Download them again."
+        ) from error
     if tokenizer is None and not hasattr(config, "image_size") and not hasattr(config, "vision_config"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return module.eval(), tokenizer
@@ -133,7 +135,9 @@ def from_hub(name: str, dtype: torch.dtype, revision: str | None) -> tuple[Path,
             f"{name} is gated: accept its terms on its page, then run `hf auth login`. ({error})"
         ) from None
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UnknownModelError(_unknown(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")) from None
+        raise UnknownModelError(
+            _unknown(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        ) from None
     folder = Path(files)
     if not list(folder.glob("*.safetensors")):
         raise UnsafeFileError(f"{name} offers no safetensors weights on the hub. {_SAFE_WAY}")
@@ -236,7 +240,9 @@ def processed_copy(folder: Path) -> nn.Module:
     config = copy.deepcopy(raw.config)
     config.tie_word_embeddings = False
     bridge = boot(raw, tokenizer, folder.name, process=True)
-    stored = {key.replace("._original_component", ""): value for key, value in bridge.original_model.state_dict().items()}
+    stored = {
+        key.replace("._original_component", ""): value for key, value in bridge.original_model.state_dict().items()
+    }
     module = AutoModelForCausalLM.from_config(config)
     module.load_state_dict({key: stored[key] for key in module.state_dict()})
     return module.eval()
