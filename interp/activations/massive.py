@@ -215,7 +215,7 @@ def _as_result(name: str, found: dict[str, np.ndarray], model: Model, task: Task
     named = token_namer(model, task)
     starts = first_positions(inputs(model, task)[1])
     tokens = [named(int(prompt), int(pos)) for prompt, _, pos, _ in where]
-    kinds = [token_kind(token, pos == starts[prompt]) for token, (prompt, _, pos, _) in zip(tokens, where, strict=True)]
+    kinds = [token_kind(token, bool(pos == starts[prompt])) for token, (prompt, _, pos, _) in zip(tokens, where, strict=True)]
     table = pd.DataFrame(where, columns=["prompt", "layer", "pos", "feature"]).assign(
         token=np.array(tokens, dtype=object),
         component=np.array(kinds, dtype=object),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import os
@@ -178,7 +179,9 @@ class Result:
             "dims": {name: list(dims) for name, (dims, _) in self.arrays.items()},
             "dtypes": {str(c): str(t) for c, t in self.table.dtypes.items()},
         }
-        self.table.to_csv(folder / "table.csv", index=False, lineterminator="\n")
+        # Text is quoted: a token may be a carriage return, or empty.
+        quoting = csv.QUOTE_NONNUMERIC
+        self.table.to_csv(folder / "table.csv", index=False, lineterminator="\n", quoting=quoting)
         np.savez_compressed(folder / "arrays.npz", **{name: np.asarray(a) for name, (_, a) in self.arrays.items()})
         (folder / "result.json").write_text(json.dumps(head, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return folder
