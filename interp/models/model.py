@@ -42,7 +42,7 @@ class Model:
         causal: whether a position sees only earlier ones.
     """
 
-    bridge: nn.Module
+    bridge: Any
     name: str
     kind: Kind
     weights: Weights

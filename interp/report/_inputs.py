@@ -61,7 +61,7 @@ def parameters(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     for statement in ast.parse("\n".join(c.source for c in cells)).body:
         try:
             (name,) = statement.targets if isinstance(statement, ast.Assign) else (statement.target,)  # type: ignore[attr-defined]
-            found[name.id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
+            found[name.id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined, union-attr]
         except (AttributeError, ValueError):
             raise ValueError(
                 f"the parameters cell may only set names to constants, one a line; found {ast.unparse(statement)!r}."

@@ -73,7 +73,9 @@ def greater_than(model: Model, n_prompts: int = 64, *, seed: int = 0, prepend_bo
     counts = f"{len(nouns)} of {len(listed)} nouns of one token and {len(years.starts)} start years"
     draws = distinct(rng, n_prompts, len(nouns) * len(years.starts), "greater_than", counts)
     prompts, corrupted, answers, wrong = [], [], [], []
-    where: dict[str, list[int]] = {"noun": [], "XX": [], "YY": []} | ({"YY_units": []} if years.digits == 1 else {})
+    where: dict[str, list[int]] = {"noun": [], "XX": [], "YY": []}
+    if years.digits == 1:
+        where["YY_units"] = []
     for draw in draws:
         noun, (century, year) = nouns[draw // len(years.starts)], years.starts[draw % len(years.starts)]
         parts = [f"The {noun}", f" lasted from the year {century}", *_steps(year, years.digits), " to the year "]

@@ -149,11 +149,11 @@ class Task:
             raise ValueError(f"task {name!r}: no prompts were given.")
         first, second = (model.tokenize(texts, prepend_bos=prepend_bos) for texts in (clean, corrupt))
         for index, (one, other) in enumerate(zip(clean, corrupt, strict=True)):
-            lengths = int(first.mask[index].sum()), int(second.mask[index].sum())
-            if lengths[0] != lengths[1]:
+            n_clean, n_corrupt = int(first.mask[index].sum()), int(second.mask[index].sum())
+            if n_clean != n_corrupt:
                 raise ValueError(
-                    f"task {name!r}, pair {index}: the clean prompt has {lengths[0]} tokens and the corrupt one "
-                    f"{lengths[1]}: {one!r} / {other!r}. Patching needs them aligned: reword one of them."
+                    f"task {name!r}, pair {index}: the clean prompt has {n_clean} tokens and the corrupt one "
+                    f"{n_corrupt}: {one!r} / {other!r}. Patching needs them aligned: reword one of them."
                 )
             if torch.equal(first.ids[index], second.ids[index]):
                 raise ValueError(f"task {name!r}, pair {index}: clean and corrupt are the same prompt: {one!r}.")

@@ -133,7 +133,7 @@ def _from_hub(name: str, n_characters: int) -> tuple[str, str]:
         ) from None
     *owner, last = name.split("/")
     # "a/b" is an owner's data set, or a data set and its configuration: the hub knows which.
-    readings = [(name, None)] if len(owner) < 2 else []
+    readings: list[tuple[str, str | None]] = [(name, None)] if len(owner) < 2 else []
     readings += [("/".join(owner), last)] if owner else []
     failure: Exception | None = None
     for where, config in readings:
@@ -141,7 +141,7 @@ def _from_hub(name: str, n_characters: int) -> tuple[str, str]:
             splits = datasets.get_dataset_split_names(where, config)
             split = next((s for s in ("test", "validation", "train") if s in splits), splits[0])
             records = iter(datasets.load_dataset(where, config, split=split, streaming=True))
-            head = next(records, {})
+            head: dict[str, object] = next(records, {})
             break
         # Offline, unknown or gated; or, as a ValueError, a configuration that is missing or that there is none of.
         except (OSError, RuntimeError, ValueError) as error:
