@@ -55,8 +55,8 @@ def decompose(model: Model, task: Task | Tensor, *, detected: Result, batch_size
     Raises:
         ValueError: nothing is massive in `detected`, or it is about other prompts.
 
-    Cost: one forward pass; one layer's pattern `[batch head pos pos]` and values in memory at a time. With grouped-query
-    attention the values stay grouped: query head h reads KV group h // (n_heads / n_key_value_heads).
+    Cost: one forward pass; one layer's pattern `[batch head pos pos]` and values in memory at a time. With
+    grouped-query attention the values stay grouped: query head h reads KV group h // (n_heads / n_key_value_heads).
 
     Differs from the paper: it shows heat maps of single heads; this gives numbers for all.
 
@@ -74,17 +74,14 @@ def decompose(model: Model, task: Task | Tensor, *, detected: Result, batch_size
     prompts = np.unique(entries["prompt"])
     tensor, mask = (t[torch.as_tensor(prompts).to(t.device)] for t in inputs(model, task))
     massive = torch.zeros(mask.shape, dtype=torch.bool)
-    massive[
-        torch.as_tensor(np.searchsorted(prompts, entries["prompt"])), torch.as_tensor(entries["pos"].to_numpy())
-    ] = True
+    massive[np.searchsorted(prompts, entries["prompt"]), entries["pos"].tolist()] = True
 
-    identity = {"method": "massive.implicit_bias", "task": fingerprint(task), **model.provenance}
-    identity["massive"] = massive.nonzero().tolist()
+    identity = {"method": "massive.implicit_bias", "task": fingerprint(task), "massive": massive.nonzero().tolist()}
     found = sweep(
         len(tensor),
         lambda rows: _batch(model, tensor[rows], mask[rows], massive[rows].to(model.device)),
         batch_size=batch_size,
-        identity=identity,
+        identity={**identity, **model.provenance},
         description="implicit bias",
     )
     row, layer, head, metric = np.indices(found["metrics"].shape).reshape(4, -1)

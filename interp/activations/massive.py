@@ -215,7 +215,9 @@ def _as_result(name: str, found: dict[str, np.ndarray], model: Model, task: Task
     named = token_namer(model, task)
     starts = first_positions(inputs(model, task)[1])
     tokens = [named(int(prompt), int(pos)) for prompt, _, pos, _ in where]
-    kinds = [token_kind(token, bool(pos == starts[prompt])) for token, (prompt, _, pos, _) in zip(tokens, where, strict=True)]
+    kinds = [
+        token_kind(token, bool(pos == starts[prompt])) for token, (prompt, _, pos, _) in zip(tokens, where, strict=True)
+    ]
     table = pd.DataFrame(where, columns=["prompt", "layer", "pos", "feature"]).assign(
         token=np.array(tokens, dtype=object),
         component=np.array(kinds, dtype=object),
@@ -270,7 +272,7 @@ def _scan(
 def _criteria(
     stream: Tensor, mask: Tensor, min_magnitude: float, min_ratio: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Top three |h| `[batch 3]`, median `[batch]`, and where the stream is massive `[batch pos d_model]`, if anywhere."""
+    """Top three |h| `[batch 3]`, median `[batch]`, and where it is massive `[batch pos d_model]`, None if nowhere."""
     size = stream.abs()
     padded = not bool(mask.all())
     if padded:
@@ -300,6 +302,6 @@ def _non_finite(model: Model, layer: int, stream: Tensor, offset: int) -> NonFin
     prompt, pos, feature = (int(i) for i in (~stream.isfinite()).nonzero()[0])
     value = float(stream[prompt, pos, feature])
     return NonFiniteActivationError(
-        f"{model.name}: the residual stream after layer {layer} is {value} at prompt {prompt + offset}, position {pos}, "
-        f"dimension {feature} ({model.dtype}). float16 overflows at 65,504: load with dtype='bfloat16' or 'float32'."
+        f"{model.name}: the residual stream after layer {layer} is {value} at prompt {prompt + offset}, "
+        f"position {pos}, dimension {feature} ({model.dtype}). float16 overflows at 65,504: load with dtype='bfloat16' or 'float32'."
     )

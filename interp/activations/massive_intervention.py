@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.activations._inputs import fingerprint, first_token, inputs, provenance
-from interp.activations.massive import _criteria, detect, first_layer
+from interp.activations.massive import _criteria, first_layer
 from interp.core.batching import sweep
 from interp.core.metrics import next_token_loss
 from interp.core.registry import method
@@ -36,27 +36,23 @@ def intervene(
     model: Model,
     task: Task | Tensor,
     *,
-    calibration: Task | Tensor,
+    calibration: Result,
     layer: int | None = None,
     to: Sequence[str] = ("zero", "mean"),
-    min_magnitude: float = 100.0,
-    min_ratio: float = 1000.0,
     batch_size: int = 8,
 ) -> Result:
     """The model's loss, or its zero-shot accuracy, with massive activations as they are, set to zero, set to the mean.
 
     At the output of `layer`, each prompt's massive entries (found in that prompt, not at fixed places) are overwritten:
-    with 0, or with the mean of the massive entries of that dimension over `calibration`, first tokens and other tokens
+    with 0, or with the mean of the massive entries of that dimension in `calibration`, first tokens and other tokens
     apart. Later layers get the change through the residual stream.
 
     Args:
         model: any model; a language model for losses and accuracies.
         task: plain text (loss), a task with answers (accuracy), or inputs of an encoder or vision model.
-        calibration: prompts that give the layer and the means; disjoint from `task` for an honest "mean".
+        calibration: what `massive.detect` returned for other prompts; gives the layer, the means and the criteria.
         layer: whose output is overwritten; None for the first with massive activations in half the calibration prompts.
         to: which interventions, of "zero" and "mean"; the unchanged model is always measured.
-        min_magnitude: see `massive.detect`.
-        min_ratio: see `massive.detect`.
         batch_size: prompts a forward pass.
 
     Returns:
@@ -69,25 +65,25 @@ def intervene(
     Raises:
         ValueError: no massive activations in the calibration prompts; unknown intervention.
 
-    Cost: a detection pass over `calibration`, then 1 + len(to) forward passes over `task`.
+    Cost: 1 + len(to) forward passes over `task`.
 
     Differs from the paper: its constants are written into the code per model; here they are measured, as in the
     re-run by arXiv 2503.22329.
 
     Example:
+        >>> from interp.activations.massive import detect
         >>> from interp.models import toy
         >>> model = toy.inflated()
         >>> prompts = toy.random_tokens(model, 4, 8)
-        >>> result = intervene(model, prompts[:2], calibration=prompts[2:])
+        >>> result = intervene(model, prompts[:2], calibration=detect(model, prompts[2:]))
         >>> sorted(result.table["component"].unique())
         ['set to mean', 'set to zero', 'unchanged']
     """
     if unknown := set(to) - {"zero", "mean"}:
         raise ValueError(f'intervention {sorted(unknown)[0]!r} is not known: use "zero" or "mean".')
-    limits = {"min_magnitude": min_magnitude, "min_ratio": min_ratio}
-    detected = detect(model, calibration, batch_size=batch_size, **limits)
-    where = first_layer(detected) if layer is None else layer
-    means = calibrated_means(detected, where)
+    limits = criteria_of(calibration)
+    where = first_layer(calibration) if layer is None else layer
+    means = calibrated_means(calibration, where)
     tensor, mask = inputs(model, task)
     score, metrics, unit = _scorer(model, task, tensor, mask)
     arms = ["unchanged", *(f"set to {name}" for name in to)]
@@ -120,9 +116,21 @@ def intervene(
             "value": scores.ravel(),
         }
     )
-    meta = provenance(model, task, calibration=fingerprint(calibration), layer=where, **limits)
+    meta = provenance(model, task, calibration=calibration.meta["task_fingerprint"], layer=where, **limits)
     meta["means"] = {f"{kind}, dimension {feature}": value for (kind, feature), value in sorted(means.items())}
     return Result("massive.intervene", table, unit, meta=meta)
+
+
+def criteria_of(detected: Result) -> dict[str, float]:
+    """The two thresholds that a detection used.
+
+    Args:
+        detected: what `massive.detect` returned.
+
+    Returns:
+        {"min_magnitude", "min_ratio"}.
+    """
+    return {name: float(detected.meta[name]) for name in ("min_magnitude", "min_ratio")}
 
 
 def calibrated_means(detected: Result, layer: int) -> dict[tuple[str, int], float]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from interp.activations._inputs import fingerprint, first_token, inputs, provenance
-from interp.activations.massive import _as_result, _criteria, _scan, detect, first_layer
-from interp.activations.massive_intervention import Means, _scorer, by_class, calibrated_means, overwrite
+from interp.activations.massive import _as_result, _criteria, _scan, first_layer
+from interp.activations.massive_intervention import Means, _scorer, by_class, calibrated_means, criteria_of, overwrite
 from interp.core.batching import batches, sweep
 from interp.core.registry import method
 from interp.core.result import Result
@@ -47,13 +47,11 @@ TESTS = (
 @method(name="Massive activations: what zeroing breaks", paper=_PAPER, notebook="massive_activations")
 def knockouts(
     model: Model,
-    task: Task,
+    task: Task | Tensor,
     *,
-    calibration: Task | Tensor,
+    calibration: Result,
     layer: int | None = None,
     seed: int = 0,
-    min_magnitude: float = 100.0,
-    min_ratio: float = 1000.0,
     batch_size: int = 4,
 ) -> Result:
     """Loss of a language model under twelve knock-outs that separate what a massive entry carries from its sink.
@@ -66,11 +64,9 @@ def knockouts(
     Args:
         model: a decoder.
         task: plain text, for example `tasks.text(model)`.
-        calibration: prompts that give the layer and the mean values.
+        calibration: what `massive.detect` returned for other prompts; gives the layer, the means and the criteria.
         layer: whose output is changed; None for the first with massive activations in half the calibration prompts.
         seed: seed of the random dimensions and tokens.
-        min_magnitude: see `massive.detect`.
-        min_ratio: see `massive.detect`.
         batch_size: prompts a forward pass.
 
     Returns:
@@ -80,22 +76,22 @@ def knockouts(
     Raises:
         ValueError: nothing is massive in the calibration prompts, or the model is not a decoder.
 
-    Cost: 12 forward passes over `task`, one over `calibration`; the clean keys and values of one batch in memory,
+    Cost: 12 forward passes over `task`; the clean keys and values of one batch in memory,
     2 x layers x batch x pos x d_head x KV heads.
 
     Example:
+        >>> from interp.activations.massive import detect
         >>> from interp.models import toy
         >>> model = toy.inflated()
         >>> prompts = toy.random_tokens(model, 4, 8)
-        >>> knockouts(model, prompts[:2], calibration=prompts[2:]).table["component"].nunique()
+        >>> knockouts(model, prompts[:2], calibration=detect(model, prompts[2:])).table["component"].nunique()
         12
     """
     if not (model.causal and model.d_vocab):
         raise ValueError(f"{model.name} is a {model.kind} model: knock-outs are measured by the loss of a decoder.")
-    limits = {"min_magnitude": min_magnitude, "min_ratio": min_ratio}
-    detected = detect(model, calibration, batch_size=batch_size, **limits)
-    where = first_layer(detected) if layer is None else layer
-    means = calibrated_means(detected, where)
+    limits = criteria_of(calibration)
+    where = first_layer(calibration) if layer is None else layer
+    means = calibrated_means(calibration, where)
     tensor, mask = inputs(model, task)
     score, metrics, unit = _scorer(model, tensor, tensor, mask)
 
@@ -128,7 +124,7 @@ def knockouts(
             "value": scores.ravel(),
         }
     )
-    meta = provenance(model, task, calibration=fingerprint(calibration), layer=where, seed=seed, **limits)
+    meta = provenance(model, task, calibration=calibration.meta["task_fingerprint"], layer=where, seed=seed, **limits)
     return Result("massive.knockouts", table, unit, meta=meta)
 
 
@@ -191,8 +187,8 @@ def writers(model: Model, task: Task | Tensor, *, detected: Result, batch_size: 
         batch_size: prompts a forward pass.
 
     Returns:
-        Result, rows per prompt, layer and `component` ("embedding" with layer 0, "attention", "MLP"), with the `pos` and
-        `feature` of the entry; unit "residual-stream units". A prompt's rows sum to its entry after the last layer.
+        Result, rows per prompt, layer and `component` ("embedding" with layer 0, "attention", "MLP"), with the `pos`
+        and `feature` of the entry; unit "residual-stream units". A prompt's rows sum to its entry after the last layer.
 
     Raises:
         ValueError: nothing is massive in `detected`.
@@ -200,6 +196,7 @@ def writers(model: Model, task: Task | Tensor, *, detected: Result, batch_size: 
     Cost: one forward pass without the unembedding.
 
     Example:
+        >>> from interp.activations.massive import detect
         >>> from interp.models import toy
         >>> model = toy.inflated(layer=1)
         >>> prompts = toy.random_tokens(model, 2, 8)
@@ -259,9 +256,10 @@ def neurons(
     Raises:
         ValueError: the neurons of a layer do not sum to its MLP's output.
 
-    Cost: one forward pass up to the last of `layers`; `[prompts d_mlp]` a layer in memory.
+    Cost: one forward pass up to the last of `layers`; in memory `[prompts d_mlp]` a layer, and `[batch pos d_mlp]`.
 
     Example:
+        >>> from interp.activations.massive import detect
         >>> from interp.models import toy
         >>> model = toy.inflated(layer=1)
         >>> prompts = toy.random_tokens(model, 2, 8)
@@ -269,49 +267,47 @@ def neurons(
         0
     """
     tensor, mask, entries = _entries(model, task, detected)
-    tables = []
+    position, dimension = (torch.tensor(entries[column].tolist()) for column in ("pos", "feature"))
+    hooks_of = {layer: (f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out") for layer in layers}
     posts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    outs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    position, dimension = (torch.tensor(entries[c].tolist()) for c in ("pos", "feature"))
+    wholes: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for rows in batches(len(tensor), batch_size):
-        pos, feature = position[rows].to(model.device), dimension[rows].to(model.device)
-        index = torch.arange(len(pos))
-        hooks: Hooks = []
-        for layer in layers:
-            hooks += [
-                (
-                    f"blocks.{layer}.mlp.hook_post",
-                    lambda a, hook, i=layer: posts[i].append(a[index, pos].float().cpu()),
-                ),
-                (
-                    f"blocks.{layer}.hook_mlp_out",
-                    lambda a, hook, i=layer: outs[i].append(a[index, pos, feature].float().cpu()),
-                ),
-            ]
-        run(model, tensor[rows], hooks=hooks, mask=mask[rows], stop_after=max(layers))
+        index = torch.arange(len(position[rows])), position[rows]
+        names = [name for pair in hooks_of.values() for name in pair]
+        cache = run(model, tensor[rows], capture=names, mask=mask[rows], stop_after=max(layers)).cache
+        for layer, (post, out) in hooks_of.items():
+            posts[layer].append(cache[post][index].float().cpu())
+            wholes[layer].append(cache[out][(*index, dimension[rows])].float().cpu())
+    tables = []
     for layer in layers:
-        mlp = model.bridge.blocks[layer].mlp
-        column = mlp.W_out.detach()[:, dimension.to(mlp.W_out.device)].T.float().cpu()  # [prompt neuron]
-        bias = torch.zeros(1) if mlp.b_out is None else mlp.b_out.detach().float().cpu()[dimension]
-        each, whole = torch.cat(posts[layer]) * column, torch.cat(outs[layer])
-        gap = float((each.sum(1) + bias - whole).abs().max() / whole.abs().max().clamp(min=1e-6))
-        if gap > (1e-3 if model.dtype == torch.float32 else 5e-2):
-            raise ValueError(
-                f"{model.name}: the neurons of layer {layer} sum to its MLP's output only to {gap:.0%}: something is "
-                "applied to it after W_out (a norm, as in Gemma 2, or experts), so neurons cannot be told apart exactly."
-            )
+        each = _contributions(model, layer, torch.cat(posts[layer]), torch.cat(wholes[layer]), dimension)
         best = each.abs().mean(0).topk(min(k, each.shape[1])).indices.sort().values
-        rest = whole - each[:, best].sum(1)
+        rest = torch.cat(wholes[layer]) - each[:, best].sum(1)
         values = torch.cat([each[:, best], rest[:, None]], dim=1)
-        labels = [*best.tolist(), -1]
-        row, column_index = np.indices(values.shape).reshape(2, -1)
+        row, column = np.indices(values.shape).reshape(2, -1)
         table = entries.iloc[row].reset_index(drop=True)
         table.insert(1, "layer", layer)
-        table["neuron"] = np.array(labels)[column_index]
+        table["neuron"] = np.array([*best.tolist(), -1])[column]
         table["value"] = values.numpy().ravel().astype(np.float64)
         tables.append(table)
     meta = provenance(model, task, layers=list(layers), k=k)
     return Result("massive.neurons", pd.concat(tables, ignore_index=True), "residual-stream units", meta=meta)
+
+
+def _contributions(model: Model, layer: int, post: Tensor, whole: Tensor, dimension: Tensor) -> Tensor:
+    """What each neuron adds to each prompt's entry, `[prompt neuron]`; refused when they do not sum to the output."""
+    mlp = model.bridge.blocks[layer].mlp
+    column = mlp.W_out.detach()[:, dimension.to(mlp.W_out.device)].T.float().cpu()
+    bias = 0.0 if mlp.b_out is None else mlp.b_out.detach().float().cpu()[dimension]
+    each = post * column
+    gap = float((each.sum(1) + bias - whole).abs().max() / whole.abs().max().clamp(min=1e-6))
+    # A sum of thousands of float32 terms is good to 1e-3 of its size; bfloat16 activations have 8 bits.
+    if gap > (1e-3 if model.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            f"{model.name}: the neurons of layer {layer} sum to its MLP's output only to {gap:.0%}: something is applied "
+            "to it after W_out (a norm, as in Gemma 2, or experts), so single neurons cannot be told apart exactly."
+        )
+    return each
 
 
 def _entries(model: Model, task: Task | Tensor, detected: Result) -> tuple[Tensor, Tensor, pd.DataFrame]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,11 +26,25 @@ class HookNotFiredError(RuntimeError):
     """A hook was set but the forward pass never reached its point."""
 
 
-class Run(NamedTuple):
-    """What `run` returns: the logits (None when stopped early) and the captured activations by hook name."""
+@dataclass(frozen=True)
+class Run:
+    """What `run` returns.
 
-    logits: Tensor | None
+    Attributes:
+        cache: the captured activations by hook name.
+        output: logits `[batch pos d_vocab]` (the last hidden state of a model without an unembedding); None when the
+            pass was stopped early.
+    """
+
     cache: dict[str, Tensor]
+    output: Tensor | None
+
+    @property
+    def logits(self) -> Tensor:
+        """The output of a pass that ran to its end."""
+        if self.output is None:
+            raise ValueError("this run was stopped early (stop_after), so it has no logits: leave stop_after out.")
+        return self.output
 
 
 class _Stop(Exception):
@@ -69,11 +84,11 @@ def run(
             new activation, or None to leave it. Several hooks on one name run in the order given.
         capture: hook names whose activations are kept, as they are after all `hooks`.
         mask: 1 on real tokens, 0 on padding, `[batch pos]`.
-        stop_after: last layer to run; the rest of the pass is skipped and `logits` is None.
+        stop_after: last layer to run; the rest of the pass is skipped and there are no logits.
         grad: keep the graph for a backward pass (default: no gradients).
 
     Returns:
-        `Run(logits, cache)`. Logits `[batch pos d_vocab]`; for a model without an unembedding, the last hidden state.
+        A `Run` with the `logits` and the `cache`.
 
     Raises:
         ValueError: for a hook name that the model does not have.
@@ -130,7 +145,7 @@ def run(
             + ": the architecture does not compute it, or a TransformerLens flag must be set first "
             "(for example model.bridge.set_use_attn_result(True) for hook_result)."
         )
-    return Run(logits, cache)
+    return Run(cache, logits)
 
 
 def _forward(model: Model, tokens: Tensor, mask: Tensor | None) -> Tensor:
