@@ -303,5 +303,6 @@ def _non_finite(model: Model, layer: int, stream: Tensor, offset: int) -> NonFin
     value = float(stream[prompt, pos, feature])
     return NonFiniteActivationError(
         f"{model.name}: the residual stream after layer {layer} is {value} at prompt {prompt + offset}, "
-        f"position {pos}, dimension {feature} ({model.dtype}). float16 overflows at 65,504: load with dtype='bfloat16' or 'float32'."
+        f"position {pos}, dimension {feature} ({model.dtype}). float16 overflows at 65,504: load with "
+        "dtype='bfloat16' or 'float32'."
     )

@@ -277,7 +277,7 @@ def neurons(
         cache = run(model, tensor[rows], capture=names, mask=mask[rows], stop_after=max(layers)).cache
         for layer, (post, out) in hooks_of.items():
             posts[layer].append(cache[post][index].float().cpu())
-            wholes[layer].append(cache[out][(*index, dimension[rows])].float().cpu())
+            wholes[layer].append(cache[out][index[0], index[1], dimension[rows]].float().cpu())
     tables = []
     for layer in layers:
         each = _contributions(model, layer, torch.cat(posts[layer]), torch.cat(wholes[layer]), dimension)
@@ -304,8 +304,8 @@ def _contributions(model: Model, layer: int, post: Tensor, whole: Tensor, dimens
     # A sum of thousands of float32 terms is good to 1e-3 of its size; bfloat16 activations have 8 bits.
     if gap > (1e-3 if model.dtype == torch.float32 else 5e-2):
         raise ValueError(
-            f"{model.name}: the neurons of layer {layer} sum to its MLP's output only to {gap:.0%}: something is applied "
-            "to it after W_out (a norm, as in Gemma 2, or experts), so single neurons cannot be told apart exactly."
+            f"{model.name}: the neurons of layer {layer} sum to its MLP's output only to {gap:.0%}: something is "
+            "applied to it after W_out (a norm, as in Gemma 2, or experts), so neurons cannot be told apart exactly."
         )
     return each
 
