@@ -304,7 +304,7 @@ def _check_row(path: Path, cells: list[str]) -> None:
     name = cells[0]
     if len(cells) != len(COLUMNS):
         raise ValueError(
-            f"{path}: the row of claim {name!r} has {len(cells)} cells, not {len(COLUMNS)}: quote a cell that has a comma."
+            f"{path}: the row of claim {name!r} has {len(cells)} cells, not {len(COLUMNS)}: quote cells with commas."
         )
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(
