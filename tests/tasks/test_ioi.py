@@ -92,7 +92,9 @@ def test_refusals_say_the_numbers(make_model, words):
     few = make_model(
         unknown=sorted(NAMES)[5:] + column("ioi_places", "place")[1:] + column("ioi_objects", "object")[2:]
     )
-    assert len(ioi(few, 40)) == 40  # 5 x 4 pairs, 1 place, 2 objects
+    task = ioi(few, 40)  # 5 x 4 pairs, 1 place, 2 objects
+    for clean, corrupt in zip(task.prompts, decoded(few, task, task.corrupt), strict=True):
+        assert {*read(clean)[0], *read(corrupt)[0]} == set(sorted(NAMES)[:5])
     with pytest.raises(ValueError, match="n_prompts=41, but only 40 different prompts"):
         ioi(few, 41)
     with pytest.raises(ValueError, match="n_prompts=0"):
