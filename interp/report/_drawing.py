@@ -55,8 +55,16 @@ def style() -> Iterator[None]:
     Yields:
         Nothing; matplotlib's global settings are as before when the block ends.
     """
-    with mpl.rc_context(STYLE):
-        yield
+    try:
+        with mpl.rc_context(STYLE):
+            try:
+                yield
+            finally:
+                interactive = mpl.is_interactive()
+    finally:
+        # A notebook's backend turns this on when the first figure is made, which may be in here: were it put back,
+        # every later figure would stay invisible.
+        mpl.interactive(interactive)
 
 
 def canvas(ax: Axes | None, width: float, height: float) -> Axes:

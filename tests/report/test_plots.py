@@ -352,3 +352,14 @@ def test_missing_columns_and_empty_tables_are_named():
 
 def test_apart_moves_only_what_touches():
     np.testing.assert_allclose(_drawing._apart(np.array([0.0, 0.5, 0.52, 0.9]), 0.1), [0.0, 0.46, 0.56, 0.9])
+
+
+def test_style_leaves_a_backend_that_turned_interactive_on():
+    before = mpl.is_interactive()
+    try:
+        mpl.interactive(False)
+        with plots.style():
+            mpl.interactive(True)  # what a notebook's backend does at its first figure
+        assert mpl.is_interactive()
+    finally:
+        mpl.interactive(before)
