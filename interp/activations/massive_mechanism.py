@@ -20,6 +20,7 @@ from interp.activations.massive_intervention import Means, _scorer, by_class, ca
 from interp.core.batching import batches, sweep
 from interp.core.registry import method
 from interp.core.result import Result
+from interp.models.check import require_live
 from interp.models.hooks import HookFn, run
 from interp.models.model import Model
 from interp.tasks.task import Task
@@ -75,6 +76,7 @@ def knockouts(
 
     Raises:
         ValueError: nothing is massive in the calibration prompts, or the model is not a decoder.
+        ModelCheckError: editing attention patterns does nothing on this architecture (OPT in TransformerLens 3.9).
 
     Cost: 12 forward passes over `task`; the clean keys and values of one batch in memory,
     2 x layers x batch x pos x d_head x KV heads.
@@ -89,6 +91,7 @@ def knockouts(
     """
     if not (model.causal and model.d_vocab):
         raise ValueError(f"{model.name} is a {model.kind} model: knock-outs are measured by the loss of a decoder.")
+    require_live(model, "blocks.0.attn.hook_pattern")
     limits = criteria_of(calibration)
     where = first_layer(calibration) if layer is None else layer
     means = calibrated_means(calibration, where)
@@ -158,6 +161,7 @@ def relocate(
         [0]
     """
     tensor, mask = inputs(model, task)
+    require_live(model, "blocks.0.attn.hook_pattern")
     first = first_token(mask)
     limits = {"min_magnitude": min_magnitude, "min_ratio": min_ratio}
     found = sweep(
@@ -326,7 +330,7 @@ def _entries(model: Model, task: Task | Tensor, detected: Result) -> tuple[Tenso
 def _hide(layers: Sequence[int] | range, hidden: Tensor) -> Hooks:
     """Hooks that let no other position attend to the hidden ones `[batch pos]`: their weight goes to the others.
 
-    On the pattern, not on the scores: setting a score to -inf is the same, but some architectures ignore edited scores.
+    On the pattern: renormalised, this is the same as setting the scores to -inf before the softmax.
     """
 
     def hook(pattern: Tensor, hook: object) -> Tensor:

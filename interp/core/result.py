@@ -53,7 +53,7 @@ class Result:
         for name, (dims, array) in self.arrays.items():
             if len(dims) != np.asarray(array).ndim:
                 raise ValueError(
-                    f"{self.method}: array {name!r} has {np.asarray(array).ndim} axes, but {len(dims)} are named: {dims}."
+                    f"{self.method}: array {name!r} has {np.asarray(array).ndim} axes, but the names {dims} were given."
                 )
         try:
             json.dumps(dict(self.meta), allow_nan=False)

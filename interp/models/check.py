@@ -91,6 +91,30 @@ def self_check(model: Model, raw_log_probs: Tensor | None = None) -> dict[str, f
     return measured
 
 
+def require_live(model: Model, name: str) -> None:
+    """Raise unless editing a hook's activation changes the model's output.
+
+    A hook can fire on a copy: TransformerBridge 3.9 shows OPT's attention pattern, but computes on with its own.
+
+    Args:
+        model: a loaded model.
+        name: the hook to be edited.
+
+    Raises:
+        ModelCheckError: the output stays the same to the last bit.
+
+    Cost: two forward passes of 12 tokens.
+    """
+    tokens = _tokens(model.d_vocab or model.bridge.cfg.d_vocab, model.device)
+    # Reversed along its last axis: another activation of the same size, for a pattern still rows that sum to 1.
+    edited = run(model, tokens, hooks=[(name, lambda activation, hook: activation.flip(-1))]).logits
+    if torch.equal(edited, run(model, tokens).logits):
+        raise ModelCheckError(
+            f"{model.name}: editing {name!r} does not change the output. The bridge shows this activation on this "
+            "architecture but does not compute with it, so no intervention on it can be trusted."
+        )
+
+
 def _verdict(model: Model, measured: dict[str, float], what: str, deviation: float, tolerance: float) -> None:
     measured[what] = deviation
     if not deviation <= tolerance:  # also true for NaN
