@@ -147,7 +147,7 @@ def reproduce(
                 failed.append(name)
     except KeyboardInterrupt:
         finished = ", ".join(run.key for run in done) or "none yet"
-        typer.echo(f"\nstopped. Finished: {finished}. They are kept: the same command goes on after them.", err=True)
+        typer.echo(f"\nstopped. Finished: {finished}. Run the same command again: it goes on after those.", err=True)
         raise typer.Exit(130) from None
     for run in done:
         if store:

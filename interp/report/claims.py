@@ -15,11 +15,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from interp.core import places
+from interp.report._criteria import parse_criterion
 from interp.report._templates import render
 
 if TYPE_CHECKING:
@@ -33,31 +35,6 @@ COLUMNS = (
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable")
 #: Key under which a notebook's output carries the claims as JSON.
 MIME = "application/vnd.interp.claims+json"
-
-_NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
-_COMPARISON = re.compile(rf"(<=|>=|==|<|>)\s*{_NUMBER}")
-_RANGE = re.compile(rf"in\s*\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\]")
-
-
-class Criterion(NamedTuple):
-    """A bound that a measured number meets or misses: an operator and its one or two numbers."""
-
-    text: str
-    operator: str
-    low: float
-    high: float
-
-    def holds(self, value: float) -> bool:
-        """Whether a number meets the criterion; `==` is exact, and a range includes its ends."""
-        if self.operator == "in":
-            return self.low <= value <= self.high
-        return {
-            "<": value < self.low,
-            "<=": value <= self.low,
-            ">": value > self.low,
-            ">=": value >= self.low,
-            "==": value == self.low,
-        }[self.operator]
 
 
 @dataclass(frozen=True)
@@ -177,31 +154,6 @@ class Claims:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
         return {"text/plain": repr(self), "text/html": self._repr_html_(), MIME: self.to_json()}
-
-
-def parse_criterion(text: str) -> Criterion:
-    """Read a criterion such as `>= 1000`, `== 1` or `in [2, 9]`.
-
-    Args:
-        text: one of the operators <, <=, >, >=, == and a number; or `in [a, b]`.
-
-    Returns:
-        The criterion.
-
-    Raises:
-        ValueError: when it is something else, or one of its numbers is not finite, or the range is empty.
-    """
-    if found := _COMPARISON.fullmatch(text.strip()):
-        criterion = Criterion(text.strip(), found[1], float(found[2]), float(found[2]))
-    elif found := _RANGE.fullmatch(text.strip()):
-        criterion = Criterion(text.strip(), "in", float(found[1]), float(found[2]))
-    else:
-        raise ValueError(f"criterion {text!r} is not understood; write <, <=, >, >= or == and a number, or in [a, b].")
-    if not (math.isfinite(criterion.low) and math.isfinite(criterion.high)):
-        raise ValueError(f"criterion {text!r} has a number too large for a float.")
-    if criterion.low > criterion.high:
-        raise ValueError(f"criterion {text!r} is an empty range: its first number must be the smaller one.")
-    return criterion
 
 
 def read(key: str) -> tuple[dict[str, str], tuple[str, ...], pd.DataFrame]:
@@ -353,6 +305,11 @@ def _shown(row: Mapping[Any, Any]) -> str:
     if math.isnan(value):
         return "–"
     criteria = [parse_criterion(row[c]) for c in ("reproduced", "partly") if row[c].strip()]
-    texts = (f"{value:.{digits}g}" for digits in range(4, 17))
+    texts = (_plain(f"{value:.{digits}g}") for digits in range(4, 17))
     faithful = (text for text in texts if all(c.holds(float(text)) == c.holds(value) for c in criteria))
     return next(faithful, repr(value))
+
+
+def _plain(text: str) -> str:
+    """A number without an exponent where that is as short: 13890 rather than 1.389e+04."""
+    return np.format_float_positional(float(text), trim="-") if 1 <= abs(float(text)) < 1e7 else text

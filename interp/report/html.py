@@ -19,7 +19,7 @@ _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}(?:v\d+)?)")
 
 _NAMES = {"model_fingerprint": "fingerprint"}
 #: Facts that belong at the top of the page when all notebooks agree on them.
-_SHARED = ("model", "fingerprint", "weights", "dtype", "device", "fast", "versions", "commit")
+_SHARED = ("model", "fingerprint", "weights", "dtype", "device", "versions", "commit")
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,10 @@ def _facts(claims: list[Claims], record: Mapping[str, Any]) -> dict[str, str]:
     for checked in claims:
         for name, value in {**checked.model, "conditions": checked.conditions}.items():
             found.setdefault(_NAMES.get(name, name), []).append(value)
-    for name, value in record.get("parameters", {}).items():
-        found.setdefault(name, [str(value)])
+    others = {name: value for name, value in record.get("parameters", {}).items() if name not in found}
+    if not claims:  # what was measured says itself on which model; a notebook without claims was asked for one
+        found |= {name: [str(others.pop(name))] for name in ("model", "device", "dtype") if name in others}
+    found["parameters"] = [", ".join(f"{name} {value}" for name, value in others.items())]
     if record.get("versions"):
         found["versions"] = [", ".join(f"{name} {version}" for name, version in record["versions"].items())]
     found["commit"] = [record.get("commit", "")]

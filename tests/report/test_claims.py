@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from interp.core import places
 from interp.report import claims
+from interp.report._criteria import parse_criterion
 
 MODEL = SimpleNamespace(provenance={"model": "toy", "model_fingerprint": "ab" * 32}, device="cpu")
 HEADER = "id,statement,where,paper_model,paper_value,tag,quantity,reproduced,partly\n"
@@ -49,7 +50,7 @@ def paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_criterion_holds_exactly_where_it_says(text: str, inside: list[float], outside: list[float]) -> None:
-    criterion = claims.parse_criterion(text)
+    criterion = parse_criterion(text)
     assert [criterion.holds(float(value)) for value in inside] == [True] * len(inside)
     assert [criterion.holds(float(value)) for value in outside] == [False] * len(outside)
 
@@ -61,13 +62,13 @@ def test_a_criterion_holds_exactly_where_it_says(text: str, inside: list[float],
 )  # fmt: skip
 def test_anything_else_is_no_criterion(text: str) -> None:
     with pytest.raises(ValueError, match="criterion"):
-        claims.parse_criterion(text)
+        parse_criterion(text)
 
 
 @given(bound=st.floats(-1e12, 1e12), value=st.floats(-1e12, 1e12))
 def test_a_comparison_is_pythons_own(bound: float, value: float) -> None:
-    assert claims.parse_criterion(f">= {bound!r}").holds(value) == (value >= bound)
-    assert claims.parse_criterion(f"< {bound!r}").holds(value) == (value < bound)
+    assert parse_criterion(f">= {bound!r}").holds(value) == (value >= bound)
+    assert parse_criterion(f"< {bound!r}").holds(value) == (value < bound)
 
 
 @pytest.mark.usefixtures("paper")
@@ -94,6 +95,22 @@ def test_the_number_shown_never_contradicts_the_verdict() -> None:
     got = claims.check("big", {**MEASURED, "size": 999.99999}, model=MODEL)
     assert got.table["verdict"].iloc[0] == "partly"
     assert float(got.rows()[0]["shown"]) < 1000
+
+
+@pytest.mark.usefixtures("paper")
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (13886.4, "13890"),
+        (2622, "2622"),
+        (1.05, "1.05"),
+        (0.0000123456, "1.235e-05"),
+        (3.2e24, "3.2e+24"),
+        (-7.0, "-7"),
+    ],
+)
+def test_numbers_are_shown_in_four_digits_and_plainly(number: float, shown: str) -> None:
+    assert claims.check("big", {**MEASURED, "size": number}, model=MODEL).rows()[0]["shown"] == shown
 
 
 @pytest.mark.usefixtures("paper")

@@ -101,7 +101,8 @@ def test_every_claim_is_shown_with_all_that_is_known_of_it(out: Path) -> None:
         "largest over median",
         ">= 1000", "partly: >= 300", "partly 500.2 misses >= 1000 but meets >= 300", "not testable no such layer",
         "64 prompts", "Big Entries", "tag code: read in the repository", "The largest entries",
-        "model toy", "fingerprint " + "ab" * 32, "versions interp 0.1.0, torch 2.13.0", "commit c0ffee", "seed 0",
+        "model toy", "fingerprint " + "ab" * 32, "versions interp 0.1.0, torch 2.13.0", "commit c0ffee",
+        "parameters fast False, seed 0",
     ):  # fmt: skip
         assert part in page.text, part
     assert "All 0 1 0 1" in page.text  # reproduced, partly, not reproduced, not testable
