@@ -343,3 +343,12 @@ def test_tracked_files_are_small():
     # A clone stays light; GitHub shows no notebook above 1 MB either. Figures and stored outputs fit well below it.
     large = {path.relative_to(ROOT).as_posix(): path.stat().st_size for path in tracked() if path.stat().st_size > 1e6}
     assert large == {}
+
+
+def test_readme_picture_is_the_stored_notebooks_figure():
+    from interp.report.notebooks import figures_of
+
+    picture = ROOT / "notebooks" / "figures" / "massive_activations.png"
+    assert picture.read_bytes() == figures_of(ROOT / "notebooks" / "massive_activations.ipynb")[0].png, (
+        "the README's picture has drifted from the notebook: run `make readme`."
+    )

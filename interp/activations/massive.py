@@ -280,11 +280,10 @@ def _criteria(
     flat = size.flatten(1)
     top = flat.topk(3, dim=1).values.float()
     median = _median(flat, mask.sum(1) * size.shape[2] if padded else None)
-    threshold = (min_ratio * median).clamp(min=min_magnitude)
-    if not bool((top[:, 0] >= threshold).any()):
+    if not bool(((top[:, 0] > min_magnitude) & (top[:, 0] >= min_ratio * median)).any()):
         return top, median, None
     size = size.float()
-    return top, median, (size >= threshold[:, None, None]) & (size > min_magnitude)
+    return top, median, (size > min_magnitude) & (size >= min_ratio * median[:, None, None])
 
 
 def _median(flat: Tensor, counts: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
-"""Which methods does the README list? The table between its markers, made from the registry.
+"""Which methods does the README list, and what picture does it show? A table made from the registry, a stored figure.
 
-Run `python -m interp.report.readme` (or `make readme`) after adding a method; a test fails when the table has drifted.
+Run `python -m interp.report.readme` (or `make readme`) after adding a method or running the notebooks again; a test
+fails when the README has drifted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 from pathlib import Path
 
 from interp.core.registry import MethodInfo, methods
+from interp.report.notebooks import figures_of
 
 BEGIN = "<!-- methods: begin (written by `make readme`) -->"
 END = "<!-- methods: end -->"
@@ -48,6 +50,29 @@ def update(path: str | os.PathLike[str] = "README.md") -> bool:
     return new != text
 
 
+def update_picture(path: str | os.PathLike[str] = "notebooks/figures/massive_activations.png") -> bool:
+    """Rewrite the README's picture: the first figure of the stored notebook of the same name.
+
+    Args:
+        path: the picture.
+
+    Returns:
+        Whether the file changed.
+
+    Raises:
+        ValueError: when the notebook has no stored figure.
+    """
+    path = Path(path)
+    notebook = path.parent.parent / f"{path.stem}.ipynb"
+    figures = figures_of(notebook)
+    if not figures:
+        raise ValueError(f"{notebook} has no stored figure: run `make notebooks` first.")
+    old = path.read_bytes() if path.is_file() else b""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(figures[0].png)
+    return old != figures[0].png
+
+
 def _row(info: MethodInfo) -> str:
     paper = info.paper
     if paper.startswith("arXiv:"):
@@ -59,3 +84,4 @@ def _row(info: MethodInfo) -> str:
 
 if __name__ == "__main__":
     update()
+    update_picture()
