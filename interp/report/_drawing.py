@@ -139,23 +139,28 @@ def colour_bar(ax: Axes, mappable: ScalarMappable, label: str, *, below: tuple[f
     bar.set_label(wrapped(label, width if below else height), labelpad=3)
 
 
-def tick_text(value: Any) -> str:
-    """A number or a token as a tick says it."""
+#: Columns that hold tokens; text in any other is the library's own words, whose spaces need no showing.
+TOKEN_COLUMNS = ("token", "target", "src", "dst")
+
+
+def tick_text(value: Any, column: str = "token") -> str:
+    """A number, a token or a word as a tick says it."""
     if isinstance(value, str):
-        return visible(value)
+        return visible(value) if column in TOKEN_COLUMNS else value
     return f"{value:g}" if isinstance(value, (int, float, np.number)) else str(value)
 
 
-def label_cells(ax: Axes, axis: str, values: Sequence[Any], *, pitch: float = 0.11) -> None:
+def label_cells(ax: Axes, axis: str, values: Sequence[Any], *, column: str = "token", pitch: float = 0.11) -> None:
     """Tick labels at cells 0, 1, 2, ...: all of them, or every 2nd, 5th, 10th, ... where they would touch.
 
     Args:
         ax: the axes.
         axis: "x" or "y".
         values: what each cell stands for.
+        column: the table's column they are from.
         pitch: inches a label needs.
     """
-    texts = [tick_text(value) for value in values]
+    texts = [tick_text(value, column) for value in values]
     length = inches(ax)[0 if axis == "x" else 1]
     widest = max(map(len, texts), default=1)
     turned = axis == "x" and len(texts) * max(pitch, 0.06 * widest + 0.07) > length and widest > 3

@@ -68,8 +68,8 @@ def heatmap(
     image = ax.imshow(
         values, cmap=colormaps[cmap].with_extremes(bad="0.85"), norm=norm, aspect="auto", interpolation="nearest"
     )
-    drawing.label_cells(ax, "x", list(grid.columns))
-    drawing.label_cells(ax, "y", list(grid.index))
+    drawing.label_cells(ax, "x", list(grid.columns), column=column_name)
+    drawing.label_cells(ax, "y", list(grid.index), column=row_name)
     drawing.frame(ax)
     drawing.name_axes(ax, drawing.column_label(column_name, data), drawing.column_label(row_name, data))
     drawing.colour_bar(ax, image, drawing.column_label(value, data))
@@ -137,7 +137,7 @@ def lines(
     if categories is None:
         drawing.whole_ticks(ax, "x", table[x])
     else:
-        drawing.label_cells(ax, "x", categories)
+        drawing.label_cells(ax, "x", categories, column=x)
     drawing.name_axes(ax, drawing.column_label(x, result), drawing.column_label(y, result))
     if by_number:
         numbers = [float(key) for key, _ in groups]
@@ -156,6 +156,7 @@ def bars(
     y: str = "value",
     group: str | None = None,
     error: bool = True,
+    horizontal: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """The mean of a column for each value of another, as bars from zero.
@@ -166,6 +167,7 @@ def bars(
         y: column whose mean is the bar's height.
         group: column whose values stand side by side within a cluster.
         error: draw the 95% bootstrap interval over prompts (`Result.summary`), when there is a `prompt` column.
+        horizontal: lay the bars on their side, the first on top: for names that are long.
         ax: axes to draw on; None for a new figure.
 
     Returns:
@@ -178,23 +180,31 @@ def bars(
     categories = _in_order(result.table[x])
     groups = _groups(table, result, group)
     n_bars = len(categories) * len(groups)
-    ax = drawing.canvas(ax, SINGLE if n_bars <= 30 else DOUBLE, 2.2)
+    height = max(2.2, 0.16 * n_bars + 0.5) if horizontal else 2.2
+    ax = drawing.canvas(ax, SINGLE if n_bars <= 30 or horizontal else DOUBLE, height)
     hues, hatches = drawing.COLOURS, drawing.HATCHES
     fills = [
         {"facecolor": hues[i % len(hues)], "hatch": hatches[i // len(hues) % len(hatches)], "edgecolor": "white"}
         for i in range(len(groups))
     ]
     width = 0.8 / len(groups)
+    draw = ax.barh if horizontal else ax.bar
     for index, (_, part) in enumerate(groups):
         at = pd.Index(categories).get_indexer(part[x]) + (index - (len(groups) - 1) / 2) * width
-        ax.bar(at, part["mean"], width * 0.94, **fills[index])
+        draw(at, part["mean"], width * 0.94, **fills[index])
         if error and low_high:
             ends = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
-            ax.errorbar(at, part["mean"], ends, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=min(2.0, 20 / n_bars))
-    ax.axhline(0, color="0.2", linewidth=0.6)
-    ax.set_xlim(-0.6, len(categories) - 0.4)
-    drawing.label_cells(ax, "x", categories)
-    drawing.name_axes(ax, drawing.column_label(x, result), drawing.column_label(y, result))
+            place = (
+                {"x": part["mean"], "y": at, "xerr": ends} if horizontal else {"x": at, "y": part["mean"], "yerr": ends}
+            )
+            ax.errorbar(**place, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=min(2.0, 20 / n_bars))
+    (ax.axvline if horizontal else ax.axhline)(0, color="0.2", linewidth=0.6)
+    (ax.set_ylim if horizontal else ax.set_xlim)(-0.6, len(categories) - 0.4)
+    drawing.label_cells(ax, "y" if horizontal else "x", categories, column=x)
+    names = drawing.column_label(x, result), drawing.column_label(y, result)
+    drawing.name_axes(ax, *(reversed(names) if horizontal else names))
+    if horizontal:
+        ax.invert_yaxis()
     if group is not None:
         handles = [Rectangle((0, 0), 1, 1, **fill) for fill in fills]
         legend = ax.legend(
@@ -247,7 +257,9 @@ def scatter(result: Result, *, x: str, y: str, label: str | None = None, ax: Axe
     if label is not None:
         finite = np.isfinite(table[[x, y]].to_numpy(dtype=float)).all(axis=1)
         named = table[finite]
-        drawing.label_points(ax, named[[x, y]].to_numpy(dtype=float), [drawing.tick_text(t) for t in named[label]])
+        drawing.label_points(
+            ax, named[[x, y]].to_numpy(dtype=float), [drawing.tick_text(t, label) for t in named[label]]
+        )
     return ax
 
 
@@ -374,7 +386,7 @@ def _group_colours(group: str | None, keys: Sequence[Any]) -> tuple[list[Any], b
 
 
 def _group_name(group: str | None, key: Any) -> str:
-    text = drawing.tick_text(key)
+    text = drawing.tick_text(key, group or "token")
     return text if isinstance(key, str) or group is None else f"{drawing.column_label(group, pd.DataFrame())} {text}"
 
 

@@ -363,3 +363,14 @@ def test_style_leaves_a_backend_that_turned_interactive_on():
         assert mpl.is_interactive()
     finally:
         mpl.interactive(before)
+
+
+def test_bars_on_their_side_say_the_same():
+    table = pd.DataFrame({"prompt": [0, 1, 0, 1], "component": ["a b", "a b", "c", "c"], "value": [1.0, 3.0, 5.0, 6.0]})
+    result = Result("m", table, "nats")
+    upright, lying = plots.bars(result, x="component"), plots.bars(result, x="component", horizontal=True)
+    assert [bar.get_width() for bar in lying.patches] == [bar.get_height() for bar in upright.patches] == [2.0, 5.5]
+    assert lying.get_xlabel() == upright.get_ylabel() == "nats"
+    # The library's own words keep their spaces; only tokens have them shown.
+    assert [label.get_text() for label in lying.get_yticklabels()] == ["a b", "c"]
+    assert lying.yaxis_inverted()
