@@ -126,7 +126,7 @@ def test_vision_transformers_are_models_too():
 def test_first_layer_wants_most_prompts_not_one():
     model = toy.inflated(layer=1)
     result = massive.detect(model, toy.random_tokens(model, 4, 8))
-    lone = result.table.iloc[[0]].assign(layer=0)
+    lone = result.table.iloc[[0, 1]].assign(layer=0, prompt=0)  # two entries of one prompt are one prompt
     early = Result(result.method, pd.concat([lone, result.table]), result.unit, result.arrays, result.meta)
     assert massive.first_layer(early) == 1
     assert massive.first_layer(early, share=0.25) == 0
