@@ -106,16 +106,7 @@ def intervene(
     identity = {"method": "massive.intervene", "task": fingerprint(task), "layer": where, **model.provenance, **limits}
     identity |= {"to": list(to), "means": [[*key, value] for key, value in sorted(means.items())]}
     scores = sweep(len(tensor), batch, batch_size=batch_size, identity=identity, description="interventions")["scores"]
-    prompt, arm, metric = np.indices(scores.shape).reshape(3, -1)
-    table = pd.DataFrame(
-        {
-            "prompt": prompt,
-            "layer": where,
-            "component": np.array(arms, dtype=object)[arm],
-            "metric": np.array(metrics, dtype=object)[metric],
-            "value": scores.ravel(),
-        }
-    )
+    table = score_table(scores, where, arms, metrics)
     meta = provenance(model, task, calibration=calibration.meta["task_fingerprint"], layer=where, **limits)
     meta["means"] = {f"{kind}, dimension {feature}": value for (kind, feature), value in sorted(means.items())}
     return Result("massive.intervene", table, unit, meta=meta)
@@ -207,6 +198,30 @@ def overwrite(
         return torch.where(massive & ~by_token.isnan(), by_token, stream)
 
     return hook
+
+
+def score_table(scores: np.ndarray, layer: int, components: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+    """Scores as a tidy table.
+
+    Args:
+        scores: `[prompt component metric]`.
+        layer: whose output was changed.
+        components: names of the second axis.
+        metrics: names of the third axis.
+
+    Returns:
+        One row a score: `prompt layer component metric value`.
+    """
+    prompt, component, metric = np.indices(scores.shape).reshape(3, -1)
+    return pd.DataFrame(
+        {
+            "prompt": prompt,
+            "layer": layer,
+            "component": np.array(components, dtype=object)[component],
+            "metric": np.array(metrics, dtype=object)[metric],
+            "value": scores.ravel(),
+        }
+    )
 
 
 _Score = Callable[[Tensor, Tensor, slice, Tensor], np.ndarray]

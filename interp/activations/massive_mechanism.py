@@ -16,7 +16,15 @@ from torch import Tensor
 
 from interp.activations._inputs import fingerprint, first_token, inputs, provenance
 from interp.activations.massive import _as_result, _criteria, _scan, first_layer
-from interp.activations.massive_intervention import Means, _scorer, by_class, calibrated_means, criteria_of, overwrite
+from interp.activations.massive_intervention import (
+    Means,
+    _scorer,
+    by_class,
+    calibrated_means,
+    criteria_of,
+    overwrite,
+    score_table,
+)
 from interp.core.batching import batches, sweep
 from interp.core.registry import method
 from interp.core.result import Result
@@ -117,16 +125,7 @@ def knockouts(
     identity = {"method": "massive.knockouts", "task": fingerprint(task), "layer": where, "seed": seed}
     identity |= {**model.provenance, **limits, "means": [[*k, v] for k, v in sorted(means.items())]}
     scores = sweep(len(tensor), batch, batch_size=batch_size, identity=identity, description="knock-outs")["scores"]
-    prompt, test, metric = np.indices(scores.shape).reshape(3, -1)
-    table = pd.DataFrame(
-        {
-            "prompt": prompt,
-            "layer": where,
-            "component": np.array(TESTS, dtype=object)[test],
-            "metric": np.array(metrics, dtype=object)[metric],
-            "value": scores.ravel(),
-        }
-    )
+    table = score_table(scores, where, TESTS, metrics)
     meta = provenance(model, task, calibration=calibration.meta["task_fingerprint"], layer=where, seed=seed, **limits)
     return Result("massive.knockouts", table, unit, meta=meta)
 
