@@ -55,7 +55,7 @@ def test_hooks_carry_what_hugging_face_reports(name: str) -> None:
     reported = plain(pixel_values=pixels(), output_hidden_states=True, output_attentions=True)
     states, patterns = reported.hidden_states, reported.attentions
     model = load_vision(module, name, fingerprint="f" * 64)
-    _, cache = run(model, pixels(), capture=list(model.bridge.hook_dict))
+    cache = run(model, pixels(), capture=list(model.bridge.hook_dict)).cache
     assert len(cache) == 3 * 7
     for layer in range(3):
         torch.testing.assert_close(cache[f"blocks.{layer}.hook_resid_pre"], states[layer], **CLOSE)
@@ -76,7 +76,8 @@ def test_output_is_hugging_faces_last_hidden_state(name: str) -> None:
     trunk = trunk.base_model if name.startswith("ViTFor") else trunk
     expected = trunk(pixel_values=pixels()).last_hidden_state
     model = load_vision(module, name, fingerprint="f" * 64)
-    logits, cache = run(model, pixels(), capture=["blocks.2.hook_resid_post"])
+    done = run(model, pixels(), capture=["blocks.2.hook_resid_post"])
+    logits, cache = done.logits, done.cache
     torch.testing.assert_close(logits, expected, **CLOSE)
     # CLIP hands out what its last block wrote, the others norm it first: the docstring says so.
     normed = not torch.allclose(logits, cache["blocks.2.hook_resid_post"], atol=1e-3)
@@ -158,7 +159,7 @@ def test_blocks_that_return_tuples_and_take_keywords() -> None:
 def test_planted_activation_is_found_where_it_was_planted(token: str) -> None:
     model = load_vision(toy_vit(token=token, layer=2, feature=11, size=1500.0, seed=3), "toy", fingerprint="f" * 64)
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.n_layers)]
-    _, cache = run(model, pixels(4), capture=names)
+    cache = run(model, pixels(4), capture=names).cache
     where = model.bridge.token_names().index(token)
     for layer, name in enumerate(names):
         hidden = cache[name]
@@ -193,14 +194,14 @@ def test_a_misspelt_hook_and_an_early_stop() -> None:
         run(model, pixels(), capture=["blocks.0.hook_resid_pots"])
     stopped = run(model, pixels(), capture=["blocks.0.hook_resid_post"], stop_after=0)
     whole = run(model, pixels(), capture=["blocks.0.hook_resid_post"])
-    assert stopped.logits is None
+    assert stopped.output is None
     assert torch.equal(stopped.cache["blocks.0.hook_resid_post"], whole.cache["blocks.0.hook_resid_post"])
 
 
 def test_gradients_reach_an_activation() -> None:
     model = load_vision(build("Dinov2WithRegistersModel"), "dino", fingerprint="f" * 64)
-    logits, cache = run(model, pixels(), capture=["blocks.1.attn.hook_pattern"], grad=True)
-    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), cache["blocks.1.attn.hook_pattern"])
+    done = run(model, pixels(), capture=["blocks.1.attn.hook_pattern"], grad=True)
+    (gradient,) = torch.autograd.grad(done.logits[:, 0].sum(), done.cache["blocks.1.attn.hook_pattern"])
     assert gradient.abs().max() > 0
 
 
