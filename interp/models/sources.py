@@ -44,7 +44,7 @@ def from_folder(folder: Path, dtype: torch.dtype, *, tokenizer: Any = None) -> t
 
     Raises:
         UnsafeFileError: the folder has pickled weights only.
-        ValueError: the folder is incomplete, or its weights are truncated.
+        ValueError: the folder is incomplete, its weights are truncated or lack a tensor.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
@@ -52,22 +52,36 @@ def from_folder(folder: Path, dtype: torch.dtype, *, tokenizer: Any = None) -> t
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
     if not list(folder.glob("*.safetensors")):
-        pickled = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
+        pickled = [p.name for p in folder.iterdir() if p.suffix.lower() in _PICKLES]
         if pickled:
             raise UnsafeFileError(f"{folder} has pickled weights only ({pickled[0]}). {_SAFE_WAY}")
         raise ValueError(f"{folder} has no *.safetensors weights.")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     try:
         with _quiet():
-            module = _auto_class(config).from_pretrained(
-                folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, local_files_only=True
-            )
+            module, report = _auto_class(config).from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except (SafetensorError, OSError, EOFError) as error:
         raise ValueError(
             f"the weights in {folder} cannot be read ({error}): truncated? Download them again."
         ) from error
+    # transformers fills what a file lacks with random numbers and goes on. No method here reads a pooler.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"the weights in {folder} lack {len(missing)} of the tensors that {type(module).__name__} has "
+            f"({', '.join(missing[:3])}): download them again, or save the whole model."
+        )
     if tokenizer is None and not hasattr(config, "image_size") and not hasattr(config, "vision_config"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder} has no tokenizer that transformers can read: put its tokenizer.json there, or give one, "
+                "load(folder, tokenizer=tokenizer)."
+            ) from error
     return module.eval(), tokenizer
 
 
@@ -107,7 +121,27 @@ def from_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
     module = type(loaded)(config)
     module.load_state_dict(loaded.state_dict())
     module.set_attn_implementation("eager")
-    return module.to(dtype).eval(), tokenizer
+    return cast(module, dtype).eval(), tokenizer
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give the weights another type, in place, as if they had been loaded in it.
+
+    `module.to(dtype)` would also round what is computed rather than stored: the frequencies of rotary positions in
+    bfloat16 are off by radians after a few hundred tokens.
+
+    Args:
+        module: any module.
+        dtype: the new type of its parameters and saved buffers.
+
+    Returns:
+        The same module.
+    """
+    stored = module.state_dict(keep_vars=True).values()
+    for tensor in stored:
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return module
 
 
 def from_hub(name: str, dtype: torch.dtype, revision: str | None) -> tuple[Path, nn.Module, Any]:
@@ -167,7 +201,7 @@ def refuse_pickle(path: Path) -> None:
     Raises:
         UnsafeFileError: for .bin, .pt, .pth, .ckpt and .pkl files.
     """
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         raise UnsafeFileError(f"{path} is a pickle. {_SAFE_WAY}")
 
 
