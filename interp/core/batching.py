@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +60,13 @@ def sweep(
 
     Returns:
         {name: array}, batches concatenated in order.
+
+    Raises:
+        ValueError: no rows, or an array that only pickle can store.
     """
-    key = json.dumps({**identity, "n": n, "batch_size": batch_size}, sort_keys=True)
+    if n < 1:
+        raise ValueError(f"{description}: there is nothing to compute (n={n}); give at least one prompt.")
+    key = json.dumps({"identity": dict(identity), "n": n, "batch_size": batch_size}, sort_keys=True)
     folder = cache_folder() / "sweeps" / hashlib.sha256(key.encode()).hexdigest()
     parts = []
     rows = list(batches(n, batch_size))
@@ -67,6 +75,8 @@ def sweep(
         part = _read(file)
         if part is None:
             part = {name: np.asarray(array) for name, array in compute(span).items()}
+            if pickled := [name for name, array in part.items() if array.dtype.hasobject]:
+                raise ValueError(f"{description}: array {pickled[0]!r} holds Python objects; give numbers or text.")
             if len(rows) > 1:
                 _store(file, part)
         parts.append(part)
@@ -75,10 +85,11 @@ def sweep(
 
 
 def _read(file: Path) -> dict[str, np.ndarray] | None:
-    if not file.is_file():
-        return None
-    with np.load(file, allow_pickle=False) as stored:
-        return dict(stored)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None  # not there, or damaged since: the batch is computed again
 
 
 def _store(file: Path, part: Mapping[str, np.ndarray]) -> None:
@@ -90,7 +101,8 @@ def _store(file: Path, part: Mapping[str, np.ndarray]) -> None:
         os.replace(unfinished, file)
     except OSError as error:
         # A full or read-only cache costs the ability to resume, not the result.
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         warnings.warn(
             f"the cache {file.parent} cannot be written ({error}): the run goes on, but cannot be resumed if it stops. "
             "Set INTERP_CACHE to a folder with free space.",

@@ -33,7 +33,7 @@ def log_prob(logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, " batc
     Returns:
         `[batch]`, in nats.
     """
-    return _at(logits, answers) - logits.logsumexp(-1)
+    return _at(logits, answers) - _exact(logits).logsumexp(-1)
 
 
 def kl(logits: Float[Tensor, "batch d_vocab"], reference: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
@@ -46,7 +46,7 @@ def kl(logits: Float[Tensor, "batch d_vocab"], reference: Float[Tensor, "batch d
     Returns:
         `[batch]`, in nats; zero exactly when the distributions are equal.
     """
-    ours, theirs = logits.log_softmax(-1), reference.log_softmax(-1)
+    ours, theirs = _exact(logits).log_softmax(-1), _exact(reference).log_softmax(-1)
     return (theirs.exp() * (theirs - ours)).sum(-1)
 
 
@@ -59,7 +59,12 @@ def rank(logits: Float[Tensor, "batch d_vocab"], answers: Int[Tensor, " batch"])
 
     Returns:
         `[batch]`: how many other tokens have a logit at least as high. Not differentiable.
+
+    Raises:
+        ValueError: a logit is NaN, which has no rank.
     """
+    if logits.isnan().any():
+        raise ValueError("a logit is NaN, and NaN has no rank: look for the first activation that is not finite.")
     return (logits >= _at(logits, answers)[:, None]).sum(-1) - 1
 
 
@@ -94,8 +99,9 @@ def _at(logits: Tensor, tokens: Tensor) -> Tensor:
             f"logits have shape {tuple(logits.shape)}; give those of the position that predicts the answer, "
             "[batch d_vocab], for example logits[:, -1]."
         )
-    return (
-        logits.gather(-1, tokens[:, None].to(logits.device))
-        .squeeze(-1)
-        .to(torch.promote_types(logits.dtype, torch.float32))
-    )
+    return _exact(logits.gather(-1, tokens[:, None].to(logits.device)).squeeze(-1))
+
+
+def _exact(logits: Tensor) -> Tensor:
+    # The logarithm of a sum over the vocabulary, taken in bfloat16, is off by up to 0.06 nats.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

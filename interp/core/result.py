@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ COLUMNS = (
     "prompt", "layer", "head", "pos", "q_pos", "k_pos", "token", "component", "src", "dst",
     "feature", "neuron", "step", "metric", "target", "value",
 )  # fmt: skip
+
+#: Names that pandas gives to columns of text.
+_TEXT = ("object", "str", "string")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,15 @@ class Result:
                 raise ValueError(
                     f"{self.method}: array {name!r} has {np.asarray(array).ndim} axes, but the names {dims} were given."
                 )
+            if np.asarray(array).dtype.hasobject or name in ("file", "allow_pickle"):  # the last two are numpy's own
+                raise ValueError(
+                    f"{self.method}: array {name!r} cannot be stored without pickle, or under this name: give numbers "
+                    "or text, and another name."
+                )
+        for column in self.table.select_dtypes("object"):
+            kind = pd.api.types.infer_dtype(self.table[column], skipna=True)
+            if kind not in ("string", "empty"):
+                raise ValueError(f"{self.method}: column {column!r} holds {kind} objects; give numbers, or text only.")
         try:
             json.dumps(dict(self.meta), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -92,8 +105,8 @@ class Result:
         """
         self._require(by)
         values = self.table[by].abs() if absolute else self.table[by]
-        order = values.sort_values(ascending=False, kind="stable").index[:k]
-        return self.table.loc[order].reset_index(drop=True)
+        order = values.reset_index(drop=True).sort_values(ascending=False, kind="stable").index[:k]
+        return self.table.iloc[order].reset_index(drop=True)
 
     def grid(self, rows: str, columns: str, *, value: str = "value") -> pd.DataFrame:
         """The table as a matrix, cells averaged over everything else.
@@ -126,20 +139,24 @@ class Result:
             level: coverage of the percentile interval.
 
         Returns:
-            A DataFrame with the columns of `by`, then `n`, `mean`, `se`, `low`, `high`, in the unit of the Result.
+            A DataFrame with the columns of `by`, then `n`, `mean`, `se`, `low`, `high`, in the unit of the Result; no
+            rows for an empty table.
         """
         for column in [*by, value]:
             self._require(column)
         table = self.table
         if "prompt" in table.columns and "prompt" not in by:
             table = table.groupby([*by, "prompt"], sort=True, dropna=False)[value].mean().reset_index()
-        groups = table.groupby(list(by), sort=True, dropna=False) if by else [((), table)]
+        groups = table.groupby(list(by), sort=True, dropna=False) if by else [((), table)] if len(table) else []
         rows = []
         for key, group in groups:
             values = group[value].to_numpy(dtype=float)
             # A generator per group: the interval of a group does not depend on which others are asked for.
-            draws = np.random.default_rng(seed).integers(len(values), size=(n_boot, len(values)))
-            means = values[draws].mean(axis=1)
+            generator = np.random.default_rng(seed)
+            at_once = max(1, 1_000_000 // len(values))  # bounds the memory, whatever the number of rows
+            sizes = [min(at_once, n_boot - done) for done in range(0, n_boot, at_once)]
+            draws = (generator.integers(len(values), size=(size, len(values))) for size in sizes)
+            means = np.concatenate([values[drawn].mean(axis=1) for drawn in draws])
             low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
             spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
             rows.append([*key, len(values), values.mean(), spread, low, high])
@@ -169,22 +186,40 @@ class Result:
 
         Returns:
             The folder's path. Equal Results give byte-identical files.
+
+        Raises:
+            OSError: the folder cannot be written; a Result that was there is as it was.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".result-", dir=folder) as unfinished:
+                self._write(Path(unfinished))
+                for file in sorted(Path(unfinished).iterdir()):
+                    os.replace(file, folder / file.name)
+        except OSError as error:
+            raise OSError(
+                f"{self.method}: the Result cannot be written to {folder} ({error}). Nothing there has changed: free "
+                "some space or choose another folder, and save again."
+            ) from error
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        text = [c for c, t in self.table.dtypes.items() if str(t) in _TEXT]
         head = {
             "method": self.method,
             "unit": self.unit,
             "meta": dict(self.meta),
             "dims": {name: list(dims) for name, (dims, _) in self.arrays.items()},
             "dtypes": {str(c): str(t) for c, t in self.table.dtypes.items()},
+            # In the CSV a missing text and an empty one look alike.
+            "missing": {c: [int(i) for i in np.flatnonzero(self.table[c].isna())] for c in text},
         }
         # Text is quoted: a token may be a carriage return, or empty.
         quoting = csv.QUOTE_NONNUMERIC
         self.table.to_csv(folder / "table.csv", index=False, lineterminator="\n", quoting=quoting)
         np.savez_compressed(folder / "arrays.npz", **{name: np.asarray(a) for name, (_, a) in self.arrays.items()})
         (folder / "result.json").write_text(json.dumps(head, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        return folder
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Result:
@@ -203,15 +238,19 @@ class Result:
             )
         head = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         # keep_default_na=False: a token such as "NA" or "null" is text, not a missing value.
-        text = [c for c, t in head["dtypes"].items() if t in ("object", "str", "string")]
-        table = pd.read_csv(
-            folder / "table.csv",
-            dtype={c: str for c in text},
-            keep_default_na=False,
-            na_values={c: [""] for c in head["dtypes"] if c not in text},
-            float_precision="round_trip",
-        )
-        table = table.astype({c: t for c, t in head["dtypes"].items() if c not in text})
+        text = list(head["missing"])
+        table = pd.DataFrame()
+        if head["dtypes"]:
+            table = pd.read_csv(
+                folder / "table.csv",
+                dtype={c: str for c in text},
+                keep_default_na=False,
+                na_values={c: [""] for c in head["dtypes"] if c not in text},
+                float_precision="round_trip",
+            )
+        for column, rows in head["missing"].items():
+            table.loc[rows, column] = None
+        table = table.astype(head["dtypes"])
         with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
             arrays = {name: (tuple(dims), stored[name]) for name, dims in head["dims"].items()}
         return cls(head["method"], table, head["unit"], arrays, head["meta"])
