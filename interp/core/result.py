@@ -218,7 +218,8 @@ class Result:
         # Text is quoted: a token may be a carriage return, or empty.
         quoting = csv.QUOTE_NONNUMERIC
         self.table.to_csv(folder / "table.csv", index=False, lineterminator="\n", quoting=quoting)
-        np.savez_compressed(folder / "arrays.npz", **{name: np.asarray(a) for name, (_, a) in self.arrays.items()})
+        arrays = {name: np.asarray(array) for name, (_, array) in sorted(self.arrays.items())}
+        np.savez_compressed(folder / "arrays.npz", **arrays)
         (folder / "result.json").write_text(json.dumps(head, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
