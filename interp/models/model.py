@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -199,10 +200,16 @@ class Model:
         Raises:
             ValueError: when there is none; the nearest names are offered.
         """
-        hooks = self.bridge.hook_dict
-        if name not in hooks:
+        if name not in self._hooks:
+            self.__dict__.pop("_hooks", None)  # one may have been added since
+        if name not in self._hooks:
             raise ValueError(
-                f"{self.name} has no hook {name!r}. Nearest: {', '.join(nearest(name, hooks)) or 'none'}. "
+                f"{self.name} has no hook {name!r}. Nearest: {', '.join(nearest(name, self._hooks)) or 'none'}. "
                 "List them with sorted(model.bridge.hook_dict)."
             )
-        return hooks[name]
+        return self._hooks[name]
+
+    @cached_property
+    def _hooks(self) -> dict[str, nn.Module]:
+        # The bridge puts this dictionary together anew at each look, which takes 10 ms.
+        return self.bridge.hook_dict
