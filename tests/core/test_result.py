@@ -93,7 +93,7 @@ def test_top_ranks_by_magnitude_and_keeps_the_order_of_ties() -> None:
 
 def test_top_counts_rows_where_labels_of_rows_repeat() -> None:
     # Tables put together with pd.concat often have such an index.
-    frame = pd.DataFrame({"pos": [0, 1, 2], "value": [3.0, 2.0, 1.0]}, index=[0, 0, 1])
+    frame = pd.DataFrame({"pos": [0, 1, 2], "value": [3.0, 2.0, 1.0]}, index=[2, 2, 0])
     assert Result("test", frame, "nats").top(1)["pos"].tolist() == [0]
 
 
@@ -241,6 +241,8 @@ def test_equal_results_give_the_same_bytes(tmp_path: Path) -> None:
     assert list(read(first)) == ["arrays.npz", "result.json", "table.csv"]
     assert read(first) == read(again)
     assert read(Result.load(first).save(tmp_path / "third")) == read(first)
+    reordered = Result("test", made().table, "nats", dict(reversed(made().arrays.items())), {"a": 2, "z": 1})
+    assert read(reordered.save(tmp_path / "fourth")) == read(first)
     assert made().save(first) == first
     assert read(first) == read(again)  # saved over itself
 
