@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +181,21 @@ def test_a_full_disk_costs_the_resume_only(cache: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(np, "savez", full)
     with pytest.warns(UserWarning, match="No space left on device"):
         check(squares(Squares()))
-    assert list(cache.rglob("*.tmp")) == []
+    with pytest.warns(UserWarning, match="No space left on device"), pytest.raises(RuntimeError):
+        squares(Squares(stop_at=6))
+    assert [file for file in cache.rglob("*") if file.is_file()] == []  # no half file fills the disk further
+
+
+def test_a_stop_while_a_batch_is_written_leaves_no_half_batch(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(stream: Any, **arrays: np.ndarray) -> None:
+        stream.write(b"PK half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(np, "savez", interrupted)
+        squares(Squares())
+    assert stored(cache) == []
+    check(squares(Squares()))
 
 
 def test_python_objects_are_not_stored() -> None:

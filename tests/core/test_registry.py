@@ -65,6 +65,9 @@ def test_what_is_read_off_a_function(empty: dict[str, MethodInfo]) -> None:
 
         Cost: two forward passes, and memory for
             one layer.
+
+        Much else.
+
         Example: none.
         """
 
