@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,7 @@ def from_folder(folder: Path, dtype: torch.dtype, *, tokenizer: Any = None) -> t
         raise ValueError(
             f"the weights in {folder} cannot be read ({error}): truncated? Download them again."
         ) from error
-    # transformers fills what a file lacks with random numbers and goes on. No method here reads a pooler.
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise ValueError(
-            f"the weights in {folder} lack {len(missing)} of the tensors that {type(module).__name__} has "
-            f"({', '.join(missing[:3])}): download them again, or save the whole model."
-        )
+    _require_whole(folder, module, report["missing_keys"])
     if tokenizer is None and not hasattr(config, "image_size") and not hasattr(config, "vision_config"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -106,13 +100,16 @@ def from_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
         raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'.")
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=dtype, output_loading_info=True, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     except Exception as error:  # the reader raises whatever the broken bytes lead to
         raise ValueError(
             f"{path} cannot be read as a model ({type(error).__name__}: {error}): truncated, or an architecture "
             "that transformers does not read from GGUF."
         ) from error
+    _require_whole(path, loaded, report["missing_keys"])
     # A fresh module: one loaded from GGUF carries a quantisation config that cannot be saved.
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
@@ -122,6 +119,16 @@ def from_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
     module.load_state_dict(loaded.state_dict())
     module.set_attn_implementation("eager")
     return cast(module, dtype).eval(), tokenizer
+
+
+def _require_whole(where: Path, module: nn.Module, missing_keys: Iterable[str]) -> None:
+    # transformers fills what a file lacks with random numbers and goes on. No method here reads a pooler.
+    missing = sorted(key for key in missing_keys if "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"the weights in {where} lack {len(missing)} of the tensors that {type(module).__name__} has "
+            f"({', '.join(missing[:3])}): download them again, or save the whole model."
+        )
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
