@@ -232,20 +232,34 @@ def test_readme_method_table_is_the_registry():
     assert len(written.splitlines()) > 2, "the registry is empty"
 
 
+def test_readme_verdicts_are_the_stored_notebooks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = text.partition(readme.VERDICTS_BEGIN)[2].partition(readme.VERDICTS_END)[0].strip()
+    assert written == readme.verdict_table(), "run `make readme`"
+    assert len(written.splitlines()) > 2, "no notebook has stored claims"
+
+
 def test_readme_update_replaces_only_the_table(tmp_path: Path):
     page = tmp_path / "README.md"
-    page.write_text(f"# above\n{readme.BEGIN}\nan old table\n{readme.END}\nbelow\n", encoding="utf-8")
+    verdicts = f"{readme.VERDICTS_BEGIN}\nold verdicts\n{readme.VERDICTS_END}\n"
+    page.write_text(f"# above\n{readme.BEGIN}\nan old table\n{readme.END}\nbelow\n{verdicts}", encoding="utf-8")
     assert readme.update(page)
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"# above\n{readme.BEGIN}\n| call |")
-    assert text.endswith(f"|\n{readme.END}\nbelow\n")
-    assert "an old table" not in text
+    assert f"|\n{readme.END}\nbelow\n{readme.VERDICTS_BEGIN}\n| paper |" in text
+    assert "an old table" not in text and "old verdicts" not in text
     assert not readme.update(page)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["no marker\n", f"{readme.BEGIN}\n", f"{readme.END}\n{readme.BEGIN}\n", f"{readme.BEGIN}\n{readme.END}\n" * 2],
+    [
+        "no marker\n",
+        f"{readme.BEGIN}\n{readme.END}\n",
+        f"{readme.BEGIN}\n",
+        f"{readme.END}\n{readme.BEGIN}\n",
+        f"{readme.BEGIN}\n{readme.END}\n" * 2,
+    ],
 )
 def test_readme_update_refuses_a_page_without_its_markers(tmp_path: Path, text: str):
     page = tmp_path / "README.md"

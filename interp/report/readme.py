@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from interp.core.places import shipped
 from interp.core.registry import MethodInfo, methods
-from interp.report.notebooks import figures_of
+from interp.report.claims import VERDICTS
+from interp.report.notebooks import available, claims_of, figures_of
 
 BEGIN = "<!-- methods: begin (written by `make readme`) -->"
 END = "<!-- methods: end -->"
+VERDICTS_BEGIN = "<!-- verdicts: begin (written by `make readme`) -->"
+VERDICTS_END = "<!-- verdicts: end -->"
 
 
 def method_table() -> str:
@@ -26,28 +30,51 @@ def method_table() -> str:
     return "\n".join([head, *map(_row, methods())])
 
 
+def verdict_table() -> str:
+    """What reproduced, by the outputs stored in the notebooks.
+
+    Returns:
+        A Markdown table, one row a paper: how many of its claims got each verdict, on which model.
+    """
+    lines = [
+        "| paper | model | reproduced | partly | not reproduced | not testable |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for key in available():
+        for claims in claims_of(shipped("notebooks") / f"{key}.ipynb"):
+            counts = [str(claims.counts[verdict]) for verdict in VERDICTS]
+            title = f"[{claims.title}](notebooks/{key}.ipynb)"
+            lines.append(f"| {title} | {claims.model['model']} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
 def update(path: str | os.PathLike[str] = "README.md") -> bool:
-    """Rewrite the table between the markers of a README; leave the rest alone.
+    """Rewrite both tables of a README between their markers; leave the rest alone.
 
     Args:
-        path: the README, with both marker lines in it.
+        path: the README, with all four marker lines in it.
 
     Returns:
         Whether the file changed.
 
     Raises:
-        ValueError: when the markers are not there exactly once, in order; the file is left as it was.
+        ValueError: when a pair of markers is not there exactly once, in order; the file is left as it was.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + after:
-        raise ValueError(f"{path} needs one line {BEGIN!r} and, below it, one line {END!r}: put them back.")
-    new = f"{before}{BEGIN}\n{method_table()}\n{END}{after}"
+    new = _between(path, text, BEGIN, END, method_table())
+    new = _between(path, new, VERDICTS_BEGIN, VERDICTS_END, verdict_table())
     if new != text:
         path.write_text(new, encoding="utf-8")
     return new != text
+
+
+def _between(path: Path, text: str, first: str, last: str, table: str) -> str:
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in rest or last in before + after:
+        raise ValueError(f"{path} needs one line {first!r} and, below it, one line {last!r}: put them back.")
+    return f"{before}{first}\n{table}\n{last}{after}"
 
 
 def update_picture(path: str | os.PathLike[str] = "notebooks/figures/massive_activations.png") -> bool:
