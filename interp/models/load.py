@@ -251,8 +251,8 @@ def _describe(
         n_key_value_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
         d_model=cfg.d_model,
         d_head=cfg.d_head,
-        # The bridge misses OPT's name for it; a model of attention only has none.
-        d_mlp=getattr(original, "ffn_dim", None) or cfg.d_mlp or 0,
+        # The bridge misses OPT's name for it.
+        d_mlp=0 if getattr(cfg, "attn_only", False) else getattr(original, "ffn_dim", None) or cfg.d_mlp,
         d_vocab=0 if headless else cfg.d_vocab,
         n_ctx=cfg.n_ctx,
         gated_mlp=bool(getattr(cfg, "gated_mlp", False)),

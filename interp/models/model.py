@@ -39,6 +39,7 @@ class Model:
         tokenizer: the Hugging Face tokenizer; None for a vision model.
         n_layers, n_heads, n_key_value_heads, d_model, d_head, d_mlp, d_vocab, n_ctx: the shapes.
             Queries have `n_heads` heads; keys and values have `n_key_value_heads` groups.
+            `d_mlp` is 0 for a model of attention only, `d_vocab` for an encoder without a language-model head.
         gated_mlp: whether the MLP has a gate (Llama, Gemma) or not (GPT-2, GPT-NeoX).
         causal: whether a position sees only earlier ones.
     """
