@@ -108,8 +108,10 @@ def run(
         return fire
 
     def keep(name: str) -> HookFn:
-        def store(activation: Tensor, hook: object) -> None:
+        def store(activation: Tensor, hook: object) -> Tensor | None:
             cache[name] = activation if grad else activation.detach()
+            # The bridge shows some points as a reshaped copy, which has no gradient unless it is what goes on.
+            return activation if grad else None
 
         return store
 
