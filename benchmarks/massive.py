@@ -13,7 +13,7 @@ import json
 import sys
 
 import torch
-from _measure import in_fresh_process, interleave, median, report, rows_with_origin
+from _measure import in_fresh_process, interleave, median, peak_mb, report, rows_with_origin
 
 import interp
 from interp.activations import massive
@@ -56,8 +56,8 @@ ARMS = {"forward": _bare, "forward to the last block": _bare_stream, "ours": _ou
 
 
 def _memory(arm: str) -> None:
-    ARMS[arm](*_setup())
-    print(json.dumps({"arm": arm}))
+    model, tokens = _setup()
+    print(json.dumps({"peak_mb": peak_mb(lambda: ARMS[arm](model, tokens))}))
 
 
 def main() -> None:
