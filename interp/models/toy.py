@@ -147,7 +147,7 @@ def inflated(*, layer: int = 1, feature: int = 3, token: int = 0, value: float =
         layer: 0 to 2, the layer whose output has the entry first.
         feature: 1 to 31.
         token: 0 to 63, the position that carries it.
-        value: its size.
+        value: its size, to within 2% (the neuron also reads the small random entries).
         seed: seed of the other weights.
 
     Returns:
