@@ -32,7 +32,8 @@ types: $(DEV) ## Mypy over interp/
 unit: $(DEV) ## Tests and doctests, with run-time shape checks on
 	@$(INTERP) models fetch smollm2-135m
 	@$(INTERP) models fetch minilm-l6
-	@$(BIN)/pytest
+	@# One thread: on tiny models, threads that wait for each other cost more than they give, much more on a busy machine.
+	@OMP_NUM_THREADS=1 $(BIN)/pytest
 
 fast: $(DEV) ## Each notebook in fast mode, into build/fast
 	@$(INTERP) models fetch smollm2-135m
