@@ -108,6 +108,7 @@ def rows_with_origin(rows: list[dict[str, Any]], *, model: str) -> list[dict[str
     origin = {
         "model": model,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "load_at_start": round(_LOAD, 2),
         "busy": _LOAD > 1.5,
         "versions": {name: version(name) for name in _VERSIONS},
