@@ -182,3 +182,10 @@ def test_a_hook_on_a_copy_is_not_live() -> None:
     with pytest.raises(ModelCheckError, match="editing 'blocks.1.attn.hook_pattern' does not change the output"):
         require_live(dead, "blocks.1.attn.hook_pattern")
     require_live(toy.random("llama"), "blocks.1.attn.hook_pattern")
+
+
+@pytest.mark.parametrize("architecture", toy.ARCHITECTURES)
+def test_a_module_with_fused_attention_gets_a_pattern(architecture: str) -> None:
+    module = toy.random_module(architecture)
+    module.set_attn_implementation("sdpa")  # what from_pretrained gives; it computes no pattern
+    assert set(self_check(load(module, tokenizer=toy.tokenizer(), weights="raw"))) == CHECKS
