@@ -264,7 +264,8 @@ def save_folder(module: nn.Module, tokenizer: Any, folder: Path) -> None:
 def processed_copy(folder: Path) -> nn.Module:
     """A Hugging Face module whose weights TransformerLens has processed (norms folded, unembedding centred).
 
-    Processing takes 1 to 5 s of CPU for the default model (it copies the weights three times) and its outcome never changes, so it is stored.
+    Processing takes 1 to 5 s of CPU for the default model (it copies the weights three times) and its outcome never
+    changes, so it is stored.
     Only for architectures whose processed weights fit their own module (RMSNorm, no biases: Llama and kin).
 
     Args:
