@@ -1,0 +1,1 @@
+"""What happens if I change it? Activation, path and attribution patching, ablation."""
