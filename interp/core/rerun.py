@@ -31,7 +31,8 @@ ExactPath = Literal["rerun", "hooks"]
 #: Where in a layer a changed run joins, by the site of its first edit there: everything before is the unchanged run's.
 _JOINS = {"resid_pre": 0, "q": 0, "k": 0, "v": 0, "attn_scores": 0, "pattern": 0, "z": 1, "attn_out": 1,
           "resid_mid": 2, "post": 2, "mlp_out": 2, "resid_post": 3}  # fmt: skip
-_JOIN_SITES = ("resid_pre", "z", "resid_mid", "resid_post")
+#: What such a run needs of the unchanged one.
+_JOIN_SITES = (("resid_pre",), ("resid_pre", "z"), ("resid_mid",), ("resid_post",))
 
 #: More rows than this at once make no matrix multiplication faster, on a CPU.
 _CPU_TOKENS = 4096
@@ -183,7 +184,7 @@ class _Sweep:
         self.starts = self._starts(tokens, source)
         alive = [i for i, start in enumerate(self.starts) if start < self.n_pos and cells[i]]
         self.alive = sorted(alive, key=lambda i: self.joins[i])
-        wanted = {(_JOIN_SITES[rank], layer) for layer, rank in (self.joins[i] for i in alive)}
+        wanted = {(site, layer) for layer, rank in (self.joins[i] for i in alive) for site in _JOIN_SITES[rank]}
         layers = range(len(steps.layers))
         wanted |= {("rotated_k", layer) for layer in layers} | {("v", layer) for layer in layers}
         self.base = trace(steps, tokens, mask, wanted | {("resid_post", len(steps.layers) - 1)})
@@ -322,8 +323,7 @@ class _Sweep:
         if not new:
             return
         group.joined += new
-        streams = {0: "resid_pre", 1: "resid_pre", 2: "resid_mid", 3: "resid_post"}
-        group.stream = _append(group.stream, self._of_base(group, streams[rank], layer), new)
+        group.stream = _append(group.stream, self._of_base(group, _JOIN_SITES[rank][0], layer), new)
         if rank == 1:
             group.z = _append(group.z, self._of_base(group, "z", layer), new)
 

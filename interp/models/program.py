@@ -3,8 +3,8 @@
 A bridge runs whole forward passes. Rerunning a part of one (some rows, some positions, from some layer on) needs the
 steps between the hooks one by one; here they are, for the decoders that transformers writes in the one common form:
 norm, queries / keys / values, rotary or learned positions, causal attention with grouped keys, an output map, an MLP
-with or without a gate, in sequence or in parallel. They read the bridge's own weights, so they are the same model; the first
-call on a model compares their logits with the bridge's and refuses if they differ.
+with or without a gate, in sequence or in parallel. They read the bridge's own weights, so they are the same model; the
+first call on a model compares their logits with the bridge's and refuses if they differ.
 """
 
 from __future__ import annotations
