@@ -58,6 +58,23 @@ def gap(model: Model, task: Task, read: Readout, *, min_oriented: float = 0.75) 
     corrupt = require_pairs(task)
     clean = rerun(model, task.clean, [[]], read, mask=task.mask)[0]
     other = rerun(model, corrupt, [[]], read, mask=task.mask)[0]
+    require_gap(task, read, clean, other, min_oriented)
+    return clean, other
+
+
+def require_gap(task: Task, read: Readout, clean: Tensor, other: Tensor, min_oriented: float) -> None:
+    """Refuse a clean and a corrupted run whose metrics do not differ the right way.
+
+    Args:
+        task: whose runs they are.
+        read: the metric.
+        clean: the metric of the clean run, `[batch]`.
+        other: that of the corrupted run, `[batch]`.
+        min_oriented: share of the prompts whose clean metric must be above the corrupted one; 0 accepts any.
+
+    Raises:
+        ValueError: too few prompts are oriented, or the mean gap is not positive.
+    """
     apart = clean - other
     oriented = float((apart > 0).float().mean())
     if oriented < min_oriented or not float(apart.mean()) > 0:
@@ -68,7 +85,6 @@ def gap(model: Model, task: Task, read: Readout, *, min_oriented: float = 0.75) 
             "check that the answers belong to the clean prompts and that this model can do the task; keep the prompts "
             f"that it can, for example task[{keep}]; or pass min_oriented=0.0 where the mean gap is positive."
         )
-    return clean, other
 
 
 def where(task: Task, position: str | int | Sequence[int] | Tensor | None) -> Tensor | None:
@@ -129,4 +145,4 @@ def numbers(values: Tensor) -> np.ndarray:
     return values.detach().double().cpu().numpy()
 
 
-__all__ = ["Direction", "gap", "numbers", "provenance", "readout", "require_pairs", "where"]
+__all__ = ["Direction", "gap", "numbers", "provenance", "readout", "require_gap", "require_pairs", "where"]
