@@ -1,6 +1,6 @@
 """Load any transformer, offline or from a hub; small ones with planted mechanisms."""
 
-from interp.models import toy
+from interp.models import planted, toy
 from interp.models.check import ModelCheckError, self_check
 from interp.models.hooks import HookNotFiredError, Run, nearest, run
 from interp.models.load import load
@@ -10,5 +10,6 @@ from interp.models.sources import UnknownModelError, UnsafeFileError
 
 __all__ = [
     "HookNotFiredError", "IntegrityError", "Model", "ModelCheckError", "Run", "Tokens", "UnknownModelError",
-    "UnsafeFileError", "catalogue", "fetch", "is_fetched", "load", "nearest", "run", "self_check", "toy", "verify",
+    "UnsafeFileError", "catalogue", "fetch", "is_fetched", "load", "nearest", "planted", "run", "self_check", "toy",
+    "verify",
 ]  # fmt: skip
