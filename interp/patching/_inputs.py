@@ -70,17 +70,27 @@ def require_gap(task: Task, read: Readout, clean: Tensor, other: Tensor, min_ori
         read: the metric.
         clean: the metric of the clean run, `[batch]`.
         other: that of the corrupted run, `[batch]`.
-        min_oriented: share of the prompts whose clean metric must be above the corrupted one; 0 accepts any.
+        min_oriented: share of the prompts whose clean metric must be above the corrupted one (for "kl": below it); 0
+            accepts any.
 
     Raises:
         ValueError: too few prompts are oriented, or the mean gap is not positive.
     """
-    apart = clean - other
-    oriented = float((apart > 0).float().mean())
-    if oriented < min_oriented or not float(apart.mean()) > 0:
-        keep = [int(i) for i in (apart > 0).nonzero().flatten()[:6]]
+    # A divergence from the clean prediction is the smaller, the better.
+    apart = other - clean if read.name == "kl" else clean - other
+    if apart.ndim != 1:
         raise ValueError(
-            f"task {task.name!r}: {read.name} of the clean run is above that of the corrupted run on {oriented:.0%} of "
+            f"metric {read.name!r} has {apart.shape[-1]} numbers a prompt; effects are fractions of a gap of one: take "
+            "a metric with one, for example 'logit_diff'."
+        )
+    oriented = float((apart > 0).float().mean())
+    # Below this the gap is the rounding of the metric itself.
+    rounding = 8 * torch.finfo(torch.float32).eps * float((clean.abs() + other.abs()).mean())
+    if oriented < min_oriented or not float(apart.mean()) > rounding:
+        keep = [int(i) for i in (apart > 0).nonzero().flatten()[:6]]
+        side = "below" if read.name == "kl" else "above"
+        raise ValueError(
+            f"task {task.name!r}: {read.name} of the clean run is {side} that of the corrupted run on {oriented:.0%} of "
             f"{len(task)} prompts (mean gap {float(apart.mean()):.3g} {read.unit}). Effects are fractions of that gap: "
             "check that the answers belong to the clean prompts and that this model can do the task; keep the prompts "
             f"that it can, for example task[{keep}]; or pass min_oriented=0.0 where the mean gap is positive."
@@ -119,6 +129,80 @@ def where(task: Task, position: str | int | Sequence[int] | Tensor | None) -> Te
     return torch.where(found < 0, found + n_pos, found)
 
 
+def places(task: Task, positions: str | int | Sequence[str | int] | None) -> list[tuple[str | None, int | Tensor]]:
+    """Positions one by one: those named, or all there are.
+
+    Args:
+        task: with named positions.
+        positions: names and indices; None for every position of the prompts, padding too.
+
+    Returns:
+        (name or None, one index for all prompts or `[batch]`) of each.
+
+    Raises:
+        ValueError: for no positions, a name that the task has not, or a position outside the prompt.
+    """
+    if positions is None:
+        return [(None, p) for p in range(task.clean.shape[1])]
+    given = [positions] if isinstance(positions, (str, int)) else list(positions)
+    if not given:
+        raise ValueError(
+            f"no positions were given: name some of {', '.join(sorted(task.positions))}, or leave them out."
+        )
+    found: list[tuple[str | None, int | Tensor]] = []
+    for position in given:
+        at = where(task, position if isinstance(position, str) else int(position))
+        assert at is not None
+        found.append((position, at) if isinstance(position, str) else (None, int(at[0])))
+    return found
+
+
+def span(task: Task, position: str | int | tuple[str | int, str | int]) -> list[Tensor]:
+    """Positions that belong together: one, or all from a first to a last.
+
+    Args:
+        task: with named positions.
+        position: a name or an index, or (first, last), both included.
+
+    Returns:
+        `[batch]` each; -1 in prompts whose span is shorter than the longest.
+
+    Raises:
+        ValueError: as `where`; a span that ends before it starts.
+    """
+    if not isinstance(position, tuple):
+        at = where(task, position)
+        assert at is not None
+        return [at]
+    if len(position) != 2:
+        raise ValueError(f"{position} is no span: give (first, last), or a list of positions.")
+    first, last = where(task, position[0]), where(task, position[1])
+    assert first is not None and last is not None
+    if bool((last < first).any()):
+        row = int((last < first).nonzero()[0])
+        raise ValueError(
+            f"task {task.name!r}, prompt {row}: the span {position} starts at {int(first[row])} and ends at "
+            f"{int(last[row])}: give the first position first."
+        )
+    return [torch.where(first + i <= last, first + i, -1) for i in range(int((last - first).max()) + 1)]
+
+
+def require_decoder(model: Model) -> None:
+    """Refuse a model that does not predict the next token.
+
+    Args:
+        model: any.
+
+    Raises:
+        ValueError: for an encoder or a vision model.
+    """
+    if model.kind != "decoder":
+        raise ValueError(
+            f"{model.name} is a {model.kind} model, and what is measured is the prediction of the next token: load a "
+            'decoder, for example interp.load("smollm2-135m").'
+        )
+
+
 def provenance(model: Model, task: Task, **options: Any) -> dict[str, Any]:
     """What a Result's `meta` says: model, task and options.
 
@@ -145,4 +229,7 @@ def numbers(values: Tensor) -> np.ndarray:
     return values.detach().double().cpu().numpy()
 
 
-__all__ = ["Direction", "gap", "numbers", "provenance", "readout", "require_gap", "require_pairs", "where"]
+__all__ = [
+    "Direction", "gap", "numbers", "places", "provenance", "readout", "require_decoder", "require_gap", "require_pairs",
+    "span", "where",
+]  # fmt: skip
