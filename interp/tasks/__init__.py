@@ -1,20 +1,24 @@
 """What can a model be asked? The `Task` and one generator a kind of prompt."""
 
+from interp.tasks.coloured_objects import coloured_objects
 from interp.tasks.facts import country_capital, landmark_country
 from interp.tasks.greater_than import YearSets, greater_than, year_sets
 from interp.tasks.induction import induction
 from interp.tasks.ioi import ioi
+from interp.tasks.multiple_choice import multiple_choice
 from interp.tasks.task import Task
 from interp.tasks.text import text
 
 __all__ = [
     "Task",
     "YearSets",
+    "coloured_objects",
     "country_capital",
     "greater_than",
     "induction",
     "ioi",
     "landmark_country",
+    "multiple_choice",
     "text",
     "year_sets",
 ]

@@ -13,6 +13,8 @@ from torch import Tensor
 from interp.models.model import Model
 from interp.tasks._prompts import continuation
 
+_TENSORS = ("clean", "corrupt", "answers", "wrong", "options", "mask")
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -28,6 +30,8 @@ class Task:
         wrong: id of each wrong answer `[batch]`, or None.
         positions: named positions {"subject": `[batch]`, "end": `[batch]`}.
         mask: 1 on tokens, 0 on left padding `[batch pos]`, or None when all prompts are equally long.
+        options: ids of the candidate answers of each prompt `[batch option]`, the right and the wrong one among them
+            (the labels of multiple choice, in the order in which they stand in the prompt), or None.
     """
 
     name: str
@@ -39,11 +43,12 @@ class Task:
     wrong: Tensor | None = None
     positions: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
+    options: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompts) == 0:
             raise ValueError(f"task {self.name!r} has no prompts. Its source: {self.source}.")
-        for label in ("clean", "corrupt", "answers", "wrong", "mask"):
+        for label in _TENSORS:
             tensor = getattr(self, label)
             if tensor is not None and len(tensor) != len(self.prompts):
                 raise ValueError(f"task {self.name!r}: {label} has {len(tensor)} rows for {len(self.prompts)} prompts.")
@@ -52,11 +57,33 @@ class Task:
                     f"task {self.name!r}: {label} is {tuple(tensor.shape)} and clean {tuple(self.clean.shape)}; both "
                     "are [batch pos] of one shape."
                 )
+        if self.options is not None:
+            self._check_options(self.options)
         for label, where in self.positions.items():
             if tuple(where.shape) != (len(self.prompts),):
                 raise ValueError(
                     f"task {self.name!r}: position {label!r} is {tuple(where.shape)}; it needs one position for each "
                     f"of the {len(self.prompts)} prompts."
+                )
+
+    def _check_options(self, options: Tensor) -> None:
+        if options.ndim != 2:
+            raise ValueError(
+                f"task {self.name!r}: options is {tuple(options.shape)}; it is [batch option], as many token ids for "
+                "each prompt."
+            )
+        ordered = options.sort(1).values
+        refused = (ordered[:, 1:] == ordered[:, :-1]).any(1).nonzero()
+        if len(refused):
+            row = int(refused[0])
+            raise ValueError(f"task {self.name!r}, prompt {row}: an option comes twice: {options[row].tolist()}.")
+        for label in ("answers", "wrong"):
+            chosen = getattr(self, label)
+            if chosen is not None and len(refused := (options != chosen[:, None]).all(1).nonzero()):
+                row = int(refused[0])
+                raise ValueError(
+                    f"task {self.name!r}, prompt {row}: {label} is token {int(chosen[row])}, which is not among its "
+                    f"options {options[row].tolist()}. Give all the candidates, or none."
                 )
 
     def __len__(self) -> int:
@@ -72,8 +99,7 @@ class Task:
             raise TypeError("task[i] would be a single prompt; write task[i:i+1], which is a Task.")
         picked = torch.as_tensor(index, device=self.clean.device)
         changed: dict[str, object] = {
-            label: None if (tensor := getattr(self, label)) is None else tensor[picked]
-            for label in ("clean", "corrupt", "answers", "wrong", "mask")
+            label: None if (tensor := getattr(self, label)) is None else tensor[picked] for label in _TENSORS
         }
         changed["prompts"] = tuple(self.prompts[i] for i in index)
         changed["positions"] = {name: where[picked] for name, where in self.positions.items()}
@@ -99,7 +125,7 @@ class Task:
     def fingerprint(self) -> str:
         """SHA-256 over everything that a method can read."""
         digest = hashlib.sha256(self.name.encode())
-        tensors = {k: getattr(self, k) for k in ("clean", "corrupt", "answers", "wrong", "mask")} | dict(self.positions)
+        tensors = {k: getattr(self, k) for k in _TENSORS} | dict(self.positions)
         for label in sorted(tensors):
             if tensors[label] is not None:
                 tensor = tensors[label].cpu()
@@ -116,6 +142,7 @@ class Task:
         answers: Sequence[str],
         wrong: Sequence[str],
         *,
+        options: Sequence[Sequence[str]] | None = None,
         positions: Mapping[str, Sequence[int]] | None = None,
         source: str = "given by the caller",
         prepend_bos: bool | None = None,
@@ -129,6 +156,7 @@ class Task:
             corrupt: prompts for which `answers` is not the answer (but `wrong` is, or none).
             answers: right answers, one token each where they follow the clean prompt (" Paris", with its space).
             wrong: wrong answers, likewise.
+            options: all candidates of each prompt, its answer and its wrong answer among them, as many for each prompt.
             positions: named positions, counted from the start of each unpadded prompt; "end" is added.
             source: where the data are from.
             prepend_bos: see `Model.tokenize`.
@@ -138,7 +166,7 @@ class Task:
 
         Raises:
             ValueError: naming the first pair with unequal token lengths, equal prompts, an answer that is not one token
-                after its prompt, equal answers, or a position outside the prompt.
+                after its prompt, equal answers, options without the answer, or a position outside the prompt.
         """
         if not len(clean) == len(corrupt) == len(answers) == len(wrong):
             raise ValueError(
@@ -174,6 +202,7 @@ class Task:
             corrupt=second.ids,
             answers=_answer_ids(model, name, clean, answers),
             wrong=_answer_ids(model, name, clean, wrong),
+            options=None if options is None else _option_ids(model, name, clean, options),
             positions=named,
             mask=None if bool(first.mask.all()) else first.mask,
             source=source,
@@ -209,3 +238,15 @@ def _answer_ids(model: Model, task: str, prompts: Sequence[str], answers: Sequen
             )
         ids.append(token)
     return torch.tensor(ids, device=model.device)
+
+
+def _option_ids(model: Model, task: str, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> Tensor:
+    """Id of each candidate answer, `[batch option]`."""
+    counts = sorted({len(row) for row in options})
+    if len(options) != len(prompts) or len(counts) != 1 or counts[0] < 2:
+        raise ValueError(
+            f"task {task!r}: {len(options)} rows of options, of {' or '.join(map(str, counts))} candidates, for "
+            f"{len(prompts)} prompts; each prompt needs a row, and all rows as many candidates."
+        )
+    columns = [_answer_ids(model, task, prompts, column) for column in zip(*options, strict=True)]
+    return torch.stack(columns, dim=1)

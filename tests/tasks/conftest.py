@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import string
 from collections.abc import Callable, Collection
 
 import pytest
@@ -15,7 +16,7 @@ from interp.core.places import shipped
 from interp.models.model import Model
 
 # A word with the space before it is one token, except "together", which is two: that makes prompts ragged.
-WORDS = r" toge|ther| ?[^\W\d_]+|[^\w\s]"
+WORDS = r" toge|ther| ?[^\W\d_]+|[^\w\s]|\n"
 DIGITS = {1: r"|\d| ", 2: r"| ?\d\d| "}
 
 
@@ -26,6 +27,10 @@ def _corpus() -> str:
         with open(path, encoding="utf-8", newline="") as file:
             fields += [field for row in csv.reader(file) for field in row]
     fixed = ["\nthe\nThe\nWe year lasted from to capital of is city We went see which in country abc"]
+    # Labels, and the words of the questions, also at the start of a line; colours also as an answer.
+    fields += [*string.ascii_uppercase, *(field.title() for field in fields if field.isalpha())]
+    fields += "On there you see I an and What color The following are multiple choice questions with answers".split()
+    fields += "Which country home Answer".split()
     text = "\n".join(fields + fixed) + " " + " ".join(fields)
     return text + " " + " ".join(f"{n:02d} {n:02d}{n:02d}" for n in range(100))
 
