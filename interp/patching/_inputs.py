@@ -83,15 +83,15 @@ def require_gap(task: Task, read: Readout, clean: Tensor, other: Tensor, min_ori
             f"metric {read.name!r} has {apart.shape[-1]} numbers a prompt; effects are fractions of a gap of one: take "
             "a metric with one, for example 'logit_diff'."
         )
-    oriented = float((apart > 0).float().mean())
+    oriented, mean = float((apart > 0).float().mean()), float(apart.mean())
     # Below this the gap is the rounding of the metric itself.
     rounding = 8 * torch.finfo(torch.float32).eps * float((clean.abs() + other.abs()).mean())
-    if oriented < min_oriented or not float(apart.mean()) > rounding:
+    if oriented < min_oriented or not mean > rounding:
         keep = [int(i) for i in (apart > 0).nonzero().flatten()[:6]]
         side = "below" if read.name == "kl" else "above"
         raise ValueError(
-            f"task {task.name!r}: {read.name} of the clean run is {side} that of the corrupted run on {oriented:.0%} of "
-            f"{len(task)} prompts (mean gap {float(apart.mean()):.3g} {read.unit}). Effects are fractions of that gap: "
+            f"task {task.name!r}: {read.name} of the clean run is {side} that of the corrupted run on {oriented:.0%} "
+            f"of {len(task)} prompts (mean gap {mean:.3g} {read.unit}). Effects are fractions of that gap: "
             "check that the answers belong to the clean prompts and that this model can do the task; keep the prompts "
             f"that it can, for example task[{keep}]; or pass min_oriented=0.0 where the mean gap is positive."
         )
