@@ -34,8 +34,8 @@ _JOINS = {"resid_pre": 0, "q": 0, "k": 0, "v": 0, "attn_scores": 0, "pattern": 0
 #: What such a run needs of the unchanged one.
 _JOIN_SITES = (("resid_pre",), ("resid_pre", "z"), ("resid_mid",), ("resid_post",))
 
-#: More rows than this at once make no matrix multiplication faster, on a CPU.
-_CPU_TOKENS = 4096
+#: More tokens than this at once make no matrix multiplication faster on a CPU, and leave its caches.
+_CPU_TOKENS = 1024
 
 
 def rerun(
