@@ -43,9 +43,7 @@ def by_loop(site: str, edits: list[tuple[int, Edit]], state: Tensor, view: Tenso
                 for h in range(HEADS):
                     if edit.head not in (None, h) or edit.neuron not in (None, h):
                         continue
-                    if site == "post":
-                        out[row, b, i, h] = SOURCE[site, 0][b, position, h] if edit.value is None else edit.value
-                    elif site == "z":
+                    if site in ("post", "z"):
                         out[row, b, i, h] = SOURCE[site, 0][b, position, h] if edit.value is None else edit.value
                     else:
                         for k in range(N_POS):
