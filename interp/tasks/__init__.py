@@ -6,10 +6,13 @@ from interp.tasks.greater_than import YearSets, greater_than, year_sets
 from interp.tasks.induction import induction
 from interp.tasks.ioi import ioi
 from interp.tasks.multiple_choice import multiple_choice
+from interp.tasks.relations import Relation, Relations, relations
 from interp.tasks.task import Task
 from interp.tasks.text import text
 
 __all__ = [
+    "Relation",
+    "Relations",
     "Task",
     "YearSets",
     "coloured_objects",
@@ -19,6 +22,7 @@ __all__ = [
     "ioi",
     "landmark_country",
     "multiple_choice",
+    "relations",
     "text",
     "year_sets",
 ]
