@@ -46,9 +46,9 @@ def coloured_objects(
     "swap" lets that object and the queried one trade colours, two tokens (and their articles, where one is "an"), and
     asks the same. The wrong answer, which is the right one of the corrupted prompt, is the same colour for both.
 
-    Only colours and objects of one token inside a sentence are used, and only colours whose answer (" Red") is one token
-    after "A:" as well. This costs a few objects (3 of the 17 for SmolLM2) and makes all prompts equally long wherever
-    the tokenizer also has as many tokens for each surface, start and article (SmolLM2: 62 tokens); others are
+    Only colours and objects of one token inside a sentence are used, and of the colours those whose answer (" Red") is
+    one token after "A:" as well. This costs a few objects (3 of the 17 for SmolLM2) and makes all prompts equally long
+    where surfaces, starts and articles have as many tokens each too (SmolLM2: 62 tokens); elsewhere they are
     left-padded with a mask.
 
     The default model, SmolLM2-135M-Instruct, hardly does this: over 400 prompts (seeds 0 to 3), 37% right among the
@@ -63,7 +63,7 @@ def coloured_objects(
         prepend_bos: see `Model.tokenize`.
 
     Returns:
-        The Task. `answers` are the colours of the queried object, `wrong` those of the object that the contrast is with,
+        The Task. `answers` are the colours of the queried object, `wrong` those of the object the contrast is with, and
         `options` the three colours in the order in which they are named. Positions, all in the second question:
         "correct_object", "correct_colour" (the queried item), "wrong_object1", "wrong_colour1" (the item that the
         contrast is with), "wrong_object2", "wrong_colour2" (the third item), "query_object" (the last token

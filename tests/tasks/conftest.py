@@ -29,8 +29,10 @@ def _corpus() -> str:
     fixed = ["\nthe\nThe\nWe year lasted from to capital of is city We went see which in country abc"]
     # Labels, and the words of the questions, also at the start of a line; colours also as an answer.
     fields += [*string.ascii_uppercase, *(field.title() for field in fields if field.isalpha())]
-    fields += "On there you see I an and What color The following are multiple choice questions with answers".split()
-    fields += "Which country home Answer".split()
+    fields += re.findall(
+        r"\w+|[:?().]", "table desk floor : ? ( ) . On there you see I an and What color Which country home Answer"
+    )
+    fields += re.findall(r"\w+", "The following are multiple choice questions with answers")
     text = "\n".join(fields + fixed) + " " + " ".join(fields)
     return text + " " + " ".join(f"{n:02d} {n:02d}{n:02d}" for n in range(100))
 

@@ -31,7 +31,7 @@ def ten():
     return Task(
         "ten", tuple(f"prompt {i}" for i in range(10)), row[:, None] * 10 + torch.arange(3), "counting",
         corrupt=row[:, None] * 10 + 5 + torch.arange(3), answers=row, wrong=row + 50, positions={"end": row + 100},
-        mask=torch.ones(10, 3, dtype=torch.long),
+        mask=torch.ones(10, 3, dtype=torch.long), options=torch.stack([row, row + 30, row + 50], dim=1),
     )  # fmt: skip
 
 
@@ -44,6 +44,15 @@ def test_ragged_prompts_are_padded_left_and_positions_move_along(words, task):
     assert at == {"subject": [" France", " Netherlands"], "end": [" is", " is"]}
     assert words.to_str_tokens(task.answers) == ANSWERS
     assert words.to_str_tokens(task.wrong) == WRONG
+
+
+def test_options_are_the_candidates_in_the_order_given(words):
+    task = make(words, options=[[" Rome", " Oslo", " Paris"], [" Amsterdam", " Manila", " Oslo"]])
+    assert [words.to_str_tokens(row) for row in task.options] == [
+        [" Rome", " Oslo", " Paris"],
+        [" Amsterdam", " Manila", " Oslo"],
+    ]
+    assert make(words).options is None
 
 
 def test_equally_long_prompts_have_no_mask(words):
@@ -70,6 +79,7 @@ def test_slices_are_tasks_of_the_same_rows(ten):
         assert part.wrong.tolist() == [i + 50 for i in kept]
         assert part.positions["end"].tolist() == [i + 100 for i in kept]
         assert len(part.mask) == len(kept)
+        assert part.options.tolist() == [[i, i + 30, i + 50] for i in kept]
     with pytest.raises(ValueError, match="'ten' has no prompts"):
         ten[10:]
 
@@ -94,15 +104,18 @@ def test_fingerprint_covers_all_that_a_method_reads(ten):
     same = dataclasses.replace(ten, source="somewhere else", prompts=tuple("abcdefghij"))
     assert same.fingerprint == ten.fingerprint
     seen = {ten.fingerprint, dataclasses.replace(ten, name="other").fingerprint}
+    free = dataclasses.replace(ten, options=None)
     for label in ("clean", "corrupt", "answers", "wrong", "mask"):
         tensor = getattr(ten, label).clone()
         tensor.view(-1)[-1] += 1
-        seen.add(dataclasses.replace(ten, **{label: tensor}).fingerprint)
-    for label in ("corrupt", "answers", "wrong", "mask"):
+        seen.add(dataclasses.replace(free, **{label: tensor}).fingerprint)
+    seen.add(dataclasses.replace(ten, options=ten.options + torch.tensor([0, 1, 0])).fingerprint)
+    seen.add(dataclasses.replace(ten, options=ten.options.flip(1)).fingerprint)
+    for label in ("corrupt", "answers", "wrong", "mask", "options"):
         seen.add(dataclasses.replace(ten, **{label: None}).fingerprint)
     seen.add(dataclasses.replace(ten, positions={"end": ten.positions["end"] + 1}).fingerprint)
     seen.add(dataclasses.replace(ten, positions={"start": ten.positions["end"]}).fingerprint)
-    assert len(seen) == 13
+    assert len(seen) == 16
 
 
 @pytest.mark.parametrize(
@@ -118,6 +131,17 @@ def test_fingerprint_covers_all_that_a_method_reads(ten):
         ({"positions": {"subject": [5, 5]}}, "pair 0: position 'subject' is 5, but the prompt has 5 tokens"),
         ({"positions": {"subject": [-1, 4]}}, "pair 0: position 'subject' is -1"),
         ({"positions": {"end": [4, 5]}}, "'end' is the last token and is added here"),
+        ({"options": [[" Paris", " Rome"]]}, "1 rows of options, of 2 candidates, for 2 prompts"),
+        ({"options": [[" Paris", " Rome"], [" Manila"]]}, "2 rows of options, of 1 or 2 candidates, for 2 prompts"),
+        (
+            {"options": [[" Paris", " Rome"], [" Manila", " Rome"]]},
+            "prompt 1: answers is token .* not among its options",
+        ),
+        (
+            {"options": [[" Paris", " Oslo"], [" Manila", " Oslo"]]},
+            "prompt 1: answers is token .* not among its options",
+        ),
+        ({"options": [[" Paris", " Atlantis"]] * 2}, r"pair 0: ' Atlantis' is not one known token"),
         ({"answers": [" Paris"]}, "2 clean prompts, 2 corrupt, 1 answers and 2 wrong"),
         ({"clean": [], "corrupt": [], "answers": [], "wrong": []}, "no prompts were given"),
         ({"clean": [CLEAN[0], ""]}, "prompt 1 is empty"),
@@ -138,6 +162,12 @@ def test_shapes_that_do_not_fit_are_refused(ten):
         dataclasses.replace(ten, answers=torch.arange(9))
     with pytest.raises(ValueError, match=r"corrupt is \(10, 4\) and clean \(10, 3\)"):
         dataclasses.replace(ten, corrupt=torch.zeros(10, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"options is \(10,\); it is \[batch option\]"):
+        dataclasses.replace(ten, options=ten.answers)
+    with pytest.raises(ValueError, match="prompt 3: wrong is token 53, which is not among its options"):
+        dataclasses.replace(ten, options=torch.where(ten.options == 53, 90, ten.options))
+    with pytest.raises(ValueError, match="prompt 0: an option comes twice"):
+        dataclasses.replace(ten, options=ten.options[:, [0, 2, 0]])
     with pytest.raises(ValueError, match="position 'end' is"):
         dataclasses.replace(ten, positions={"end": torch.arange(9)})
 
