@@ -16,6 +16,8 @@ from interp.tasks.task import Task
 
 #: "denoising" puts clean activations into the corrupted run (what suffices), "noising" the reverse (what is needed).
 Direction = Literal["denoising", "noising"]
+#: A name of `task.positions`, an index, or (first, last) for all positions from one to the other.
+Position = str | int | tuple[str | int, str | int]
 
 
 def require_pairs(task: Task) -> Tensor:
@@ -157,7 +159,7 @@ def places(task: Task, positions: str | int | Sequence[str | int] | None) -> lis
     return found
 
 
-def span(task: Task, position: str | int | tuple[str | int, str | int]) -> list[Tensor]:
+def span(task: Task, position: Position) -> list[Tensor]:
     """Positions that belong together: one, or all from a first to a last.
 
     Args:
@@ -230,6 +232,6 @@ def numbers(values: Tensor) -> np.ndarray:
 
 
 __all__ = [
-    "Direction", "gap", "numbers", "places", "provenance", "readout", "require_decoder", "require_gap", "require_pairs",
-    "span", "where",
+    "Direction", "Position", "gap", "numbers", "places", "provenance", "readout", "require_decoder", "require_gap",
+    "require_pairs", "span", "where",
 ]  # fmt: skip
