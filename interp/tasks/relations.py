@@ -119,6 +119,7 @@ class Relation:
 
         Example:
             >>> from interp.models import toy
+            >>> from interp.tasks import Relation
             >>> model = toy.random("gpt2")
             >>> own = Relation.from_pairs(model, "next", [("w2", "w3"), ("w3", "w4"), ("w4", "unheard-of")])
             >>> len(own), own.n_listed, own.target_ids.tolist()
