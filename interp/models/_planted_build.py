@@ -110,7 +110,7 @@ def head(
     offer: Float[Tensor, "match d_model"],
     value: Float[Tensor, "entry d_model"],
     write: Float[Tensor, "entry d_model"],
-    sharpness: float,
+    sharpness: float = 20.0,
     bar: tuple[Float[Tensor, "barred d_model"], Float[Tensor, "barred d_model"]] | None = None,
 ) -> None:
     """Make a head that looks something up.
@@ -128,7 +128,7 @@ def head(
         offer: what the key reads, row by row.
         value: what is read from the positions attended to.
         write: where each row of `value` goes, row by row.
-        sharpness: half the score of a match.
+        sharpness: half the score of a match. From 20 on, attention to one is 1 to the last bit of float32.
         bar: (query rows, key rows) of keys that must get no attention, -200 a match.
     """
     one = build["one"]

@@ -13,76 +13,20 @@ of the corrupt prompt into the clean one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import permutations
 from typing import Literal
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from interp.models._planted_build import BOS, END, FILLER, WORDS, Build, blank, copier, finish, head, neurons
-from interp.models.model import Model
+from interp.models._planted_build import BOS, END, FILLER, WORDS, blank, finish, head, neurons
+from interp.models._planted_case import Planted, any_of, distract, make, name_of, prompt, read_from_end
 
-Head = tuple[int, int]
+__all__ = [
+    "Planted", "and_gate", "backup_head", "cancelling_pair", "greater_than_like", "induction_like", "ioi_like",
+    "or_gate", "saturation",
+]  # fmt: skip
 
-# Where nothing else is said, a match scores 40 and the place to rest 20: attention is 1 or 0 to the last bit.
-_SHARP = 20.0
 _SCALE = 8.0  # logits of an answer that is copied once
-
-
-@dataclass(frozen=True, eq=False)
-class Planted:
-    """A model with a known mechanism, prompts that show it, and the truth.
-
-    Attributes:
-        name: the case.
-        model: the model, raw weights.
-        clean: token ids `[batch pos]`; every prompt starts with "<bos>" and is as long as the others.
-        corrupt: the same prompts with something changed, so that the answer is another one or there is none.
-        answers: id of a right answer of each clean prompt `[batch]`; no token has a higher logit.
-        wrong: id of a wrong answer `[batch]`.
-        positions: named positions `[batch]`; "end" is the last.
-        truth: the planted heads (layer, head) by stage; patching the others changes nothing.
-        where: by stage, the name of the position at which its heads write what matters.
-        mlps: the layers whose MLP takes part; the others write nothing.
-        edges: pairs (source, destination). Sources are "input" (the embeddings), heads "a1.h0" and MLPs "m1";
-            destinations "a1.h0<q>", "a1.h0<k>", "a1.h0<v>", "m1" and "logits". An edge is in when what its destination
-            reads of its source differs between the clean and the corrupt prompt and makes a difference to the
-            answer, alone or together with other edges. With all other edges taken from the corrupt prompt, the model
-            answers as before.
-    """
-
-    name: str
-    model: Model
-    clean: Int[Tensor, "batch pos"]
-    corrupt: Int[Tensor, "batch pos"]
-    answers: Int[Tensor, " batch"]
-    wrong: Int[Tensor, " batch"]
-    positions: Mapping[str, Int[Tensor, " batch"]]
-    truth: Mapping[str, tuple[Head, ...]]
-    where: Mapping[str, str]
-    mlps: tuple[int, ...]
-    edges: frozenset[tuple[str, str]]
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """The clean prompts as text, which the model's tokenizer turns into `clean` again."""
-        return tuple(" ".join(self.model.to_str_tokens(row)) for row in self.clean)
-
-    @property
-    def heads(self) -> frozenset[Head]:
-        """The planted heads of all stages."""
-        return frozenset(at for stage in self.truth.values() for at in stage)
-
-    @property
-    def nodes(self) -> frozenset[str]:
-        """The names of the planted heads and MLPs, as in `edges`."""
-        return frozenset({_name(at) for at in self.heads} | {f"m{layer}" for layer in self.mlps})
-
-    def __repr__(self) -> str:
-        return f"<Planted {self.name!r}: {dict(self.truth)}, MLPs {self.mlps}, {len(self.edges)} edges>"
 
 
 def ioi_like(*, sharpness: float = 3.0) -> Planted:
@@ -98,45 +42,49 @@ def ioi_like(*, sharpness: float = 3.0) -> Planted:
     duplicate head or the inhibition head has the effect 1, the movers 4/5 and 2/5 and the negative head -1/5.
 
     Args:
-        sharpness: how much a match outscores the place to rest; twice that, what does not match. At 3 a first-order
-            estimate gives the first two stages a fifth of their effect; at 6, 1/60; from 20 on nothing.
+        sharpness: 1 to 100, how much a match outscores the place to rest; twice that, what does not match. At 3 a
+            first-order estimate gives the first two stages a fifth of their effect; at 6, 1/60; from 20 on nothing.
 
     Returns:
         The Planted, with 24 prompts of 7 tokens; positions "io", "s1", "s2", "end".
+
+    Raises:
+        ValueError: for a sharpness out of that range.
 
     Example:
         >>> planted = ioi_like()
         >>> planted.truth["mover"], planted.prompts[1]
         (((2, 1), (2, 2)), '<bos> w5 w4 w3 w5 w3 w2')
     """
+    _require_sharp(sharpness)
     n = 4
     build = blank(3, 4, n_words=n, dup=n, inhibit=n, out=n, junk=n)
     names, end, pos = build.words, build.end, build["pos"]
     head(
-        build, (0, 1), asks=_any(names), want=names, offer=names, value=names, write=build["dup"], sharpness=sharpness,
-        bar=(pos[1:], pos[1:]),  # a name is no copy of itself
+        build, (0, 1), asks=any_of(names), want=names, offer=names, value=names, write=build["dup"],
+        sharpness=sharpness, bar=(pos[1:], pos[1:]),  # a name is no copy of itself
     )  # fmt: skip
     head(
-        build, (1, 0), asks=end, want=end, offer=_any(build["dup"]), value=build["dup"], write=build["inhibit"],
+        build, (1, 0), asks=end, want=end, offer=any_of(build["dup"]), value=build["dup"], write=build["inhibit"],
         sharpness=sharpness,
     )  # fmt: skip
     for at, strength in (((2, 1), 1.0), ((2, 2), 0.5), ((2, 3), -0.25)):
         head(
             build, at, asks=end, want=end - build["inhibit"], offer=names, value=names, write=strength * build["out"],
-            sharpness=sharpness, bar=(end, _any(pos[3:])),
+            sharpness=sharpness, bar=(end, any_of(pos[3:])),
         )  # fmt: skip
-    _distract(build, (0, 3), (1, 2))
+    distract(build, (0, 3), (1, 2))
     clean, corrupt, columns = [], [], []
     for index, (io, s, first) in enumerate((*pair, turn) for pair in permutations(range(n), 2) for turn in (0, 1)):
         s2 = 3 + index % 3
-        prompt = [BOS, WORDS + io, WORDS + s, FILLER, FILLER, FILLER, END]
-        prompt[1 + first], prompt[2 - first] = WORDS + io, WORDS + s
-        clean.append([*prompt[:s2], WORDS + s, *prompt[s2 + 1 :]])
-        corrupt.append([*prompt[:s2], WORDS + io, *prompt[s2 + 1 :]])
+        row = [BOS, WORDS + io, WORDS + s, FILLER, FILLER, FILLER, END]
+        row[1 + first], row[2 - first] = WORDS + io, WORDS + s
+        clean.append([*row[:s2], WORDS + s, *row[s2 + 1 :]])
+        corrupt.append([*row[:s2], WORDS + io, *row[s2 + 1 :]])
         columns.append((1 + first, 2 - first, s2, WORDS + io, WORDS + s))
     *where, answers, wrong = zip(*columns, strict=True)
     last = ("a2.h1", "a2.h2", "a2.h3")
-    return _planted(
+    return make(
         "ioi_like", finish(build, out=build["out"], scale=_SCALE), clean, corrupt, answers, wrong,
         positions=dict(zip(("io", "s1", "s2"), where, strict=True)),
         truth={"duplicate": [(0, 1)], "inhibition": [(1, 0)], "mover": [(2, 1), (2, 2)], "negative": [(2, 3)]},
@@ -159,23 +107,27 @@ def induction_like(*, sharpness: float = 3.0) -> Planted:
     Patching the previous-token head has the effect 1/2 (there is no answer then), the induction head 1.
 
     Args:
-        sharpness: how much a match outscores the place to rest; twice that, a word that does not match.
+        sharpness: 1 to 100, how much a match outscores the place to rest; twice that, a word that does not match.
 
     Returns:
         The Planted, with 24 prompts of 7 tokens; positions "next" (of the answer), "end".
+
+    Raises:
+        ValueError: for a sharpness out of that range.
     """
+    _require_sharp(sharpness)
     n, long = 6, 5
     build = blank(2, 3, n_words=n, prev=n, out=n, junk=n)
     words, pos = build.words, build["pos"]
     head(
         build, (0, 2), asks=build["one"] - build["tok"][BOS], want=pos[1:], offer=pos[:-1], value=words,
-        write=build["prev"], sharpness=200.0,
+        write=build["prev"],
     )  # fmt: skip
     head(
-        build, (1, 0), asks=_any(words), want=words, offer=build["prev"], value=words, write=build["out"],
+        build, (1, 0), asks=any_of(words), want=words, offer=build["prev"], value=words, write=build["out"],
         sharpness=sharpness,
     )  # fmt: skip
-    _distract(build, (0, 0), (1, 2))
+    distract(build, (0, 0), (1, 2))
     clean, corrupt, columns = [], [], []
     for start in range(n):
         text = [WORDS + (start + i) % n for i in range(long)]
@@ -184,7 +136,7 @@ def induction_like(*, sharpness: float = 3.0) -> Planted:
             corrupt.append([BOS, *text[2:], *text[:2], text[other]])
             columns.append((asked + 2, text[asked + 1], text[(other + 1) % long]))
     following, answers, wrong = zip(*columns, strict=True)
-    return _planted(
+    return make(
         "induction_like", finish(build, out=build["out"], scale=_SCALE), clean, corrupt, answers, wrong,
         positions={"next": following},
         truth={"previous": [(0, 2)], "induction": [(1, 0)]},
@@ -212,12 +164,12 @@ def cancelling_pair() -> Planted:
     build = blank(2, 3, n_words=n, out=n, junk=n)
     strengths = {"main": ((1, 0), 1.0), "plus": ((0, 1), 2.0), "minus": ((1, 2), -2.0)}
     for at, strength in strengths.values():
-        _read(build, at, build.words, value=build.words, write=strength * build["out"])
-    _distract(build, (0, 2))
+        read_from_end(build, at, build.words, value=build.words, write=strength * build["out"])
+    distract(build, (0, 2))
     pairs = [((i, (i + 1) % n), place) for i in range(n) for place in (1, 2, 3)]
-    clean, corrupt = ([_prompt(5, {place: pair[side]}) for pair, place in pairs] for side in (0, 1))
-    heads = [_name(at) for at, _ in strengths.values()]
-    return _planted(
+    clean, corrupt = ([prompt(5, {place: pair[side]}) for pair, place in pairs] for side in (0, 1))
+    heads = [name_of(at) for at, _ in strengths.values()]
+    return make(
         "cancelling_pair", finish(build, out=build["out"], scale=_SCALE), clean, corrupt,
         [WORDS + pair[0] for pair, _ in pairs], [WORDS + pair[1] for pair, _ in pairs],
         positions={"word": [place for _, place in pairs]},
@@ -271,13 +223,13 @@ def backup_head() -> Planted:
     n = 3
     build = blank(2, 3, n_words=n + 1, out=n, junk=n)
     words, names, out = build.words, build.words[:n], build["out"]
-    _read(build, (0, 1), words, value=names, write=out)
+    read_from_end(build, (0, 1), words, value=names, write=out)
     head(
-        build, (1, 2), asks=build.end, want=build.end, offer=_any(words), value=names, write=out, sharpness=_SHARP,
-        bar=(_any(out), _any(words)),
+        build, (1, 2), asks=build.end, want=build.end, offer=any_of(words), value=names, write=out,
+        bar=(any_of(out), any_of(words)),
     )  # fmt: skip
-    _distract(build, (0, 2))
-    return _planted(
+    distract(build, (0, 2))
+    return make(
         "backup_head", finish(build, out=out, scale=_SCALE), *_with_or_without(n),
         truth={"primary": [(0, 1)], "backup": [(1, 2)]},
         where={"primary": "end", "backup": "end"},
@@ -304,10 +256,10 @@ def saturation() -> Planted:
     n = 3
     build = blank(2, 3, n_words=n + 1, n_neurons=2 * n, x=n, out=n, junk=n)
     x, out = build["x"], build["out"]
-    _read(build, (1, 1), build.words, value=build.words[:n], write=3 * x)
+    read_from_end(build, (1, 1), build.words, value=build.words[:n], write=3 * x)
     neurons(build, 1, read=torch.cat([x, x]), bias=torch.tensor([0.5] * n + [-0.5] * n), write=torch.cat([out, -out]))
-    _distract(build, (0, 2))
-    return _planted(
+    distract(build, (0, 2))
+    return make(
         "saturation", finish(build, out=out, scale=_SCALE), *_with_or_without(n),
         truth={"reader": [(1, 1)]},
         where={"reader": "end"},
@@ -332,15 +284,15 @@ def greater_than_like() -> Planted:
     n = 8
     build = blank(2, 3, n_words=n, n_neurons=n - 1, year=1, out=n, junk=n)
     years = torch.arange(n, dtype=torch.float32)
-    _read(build, (1, 0), build.words, value=years[None] @ build.words, write=build["year"])
+    read_from_end(build, (1, 0), build.words, value=years[None] @ build.words, write=build["year"])
     out = build["out"]
     later = torch.cat([out[2:], out[:1] * 0])  # after the last year there is none to take from
     neurons(build, 1, read=-build["year"].expand(n - 1, -1), bias=years[1:] - 0.5, write=out[1:] - later)
-    _distract(build, (0, 1))
+    distract(build, (0, 1))
     cases = [(year, place) for year in range(2, n - 2) for place in (1, 2, 3)]
-    return _planted(
+    return make(
         "greater_than_like", finish(build, out=out, scale=_SCALE),
-        [_prompt(5, {place: year}) for year, place in cases], [_prompt(5, {place: 0}) for _, place in cases],
+        [prompt(5, {place: year}) for year, place in cases], [prompt(5, {place: 0}) for _, place in cases],
         [WORDS + year + 2 for year, _ in cases], [WORDS + year for year, _ in cases],
         positions={"year": [place for _, place in cases]},
         truth={"reader": [(1, 0)]},
@@ -354,25 +306,20 @@ def _gate(kind: Literal["or", "and"]) -> Planted:
     n = 3
     build = blank(2, 3, n_words=2 * (n + 1), n_neurons=n + 1, a=n, b=n, out=n, junk=n)
     first, second, out = build.words[: n + 1], build.words[n + 1 :], build["out"]
-    _read(build, (0, 1), first, value=first[:n], write=build["a"])
-    _read(build, (1, 2), second, value=second[:n], write=build["b"])
+    read_from_end(build, (0, 1), first, value=first[:n], write=build["a"])
+    read_from_end(build, (1, 2), second, value=second[:n], write=build["b"])
     both = build["a"] + build["b"]
     if kind == "or":
-        neurons(
-            build,
-            1,
-            read=torch.cat([-both, build["one"]]),
-            bias=torch.tensor([1.0] * n + [0.0]),
-            write=torch.cat([-out, _any(out)]),
-        )
+        bias = torch.tensor([1.0] * n + [0.0])
+        neurons(build, 1, read=torch.cat([-both, build["one"]]), bias=bias, write=torch.cat([-out, any_of(out)]))
     else:
         neurons(build, 1, read=both, bias=-1.0, write=out)
-    _distract(build, (0, 2))
+    distract(build, (0, 2))
     cases = [(i, a, b) for i in range(n) for a, b in permutations((1, 2, 3), 2)]
-    return _planted(
+    return make(
         f"{kind}_gate", finish(build, out=out, scale=_SCALE),
-        [_prompt(5, {a: i, b: n + 1 + i}) for i, a, b in cases],
-        [_prompt(5, {a: n, b: 2 * n + 1}) for _, a, b in cases],
+        [prompt(5, {a: i, b: n + 1 + i}) for i, a, b in cases],
+        [prompt(5, {a: n, b: 2 * n + 1}) for _, a, b in cases],
         [WORDS + i for i, _, _ in cases], [WORDS + (i + 1) % n for i, _, _ in cases],
         positions={"a": [a for _, a, _ in cases], "b": [b for _, _, b in cases]},
         truth={"a": [(0, 1)], "b": [(1, 2)]},
@@ -382,27 +329,12 @@ def _gate(kind: Literal["or", "and"]) -> Planted:
     )  # fmt: skip
 
 
-def _read(build: Build, at: Head, kind: Tensor, *, value: Tensor, write: Tensor) -> None:
-    """A head that attends, from the end, to the word that is one of a kind."""
-    end = build.end
-    head(build, at, asks=end, want=end, offer=_any(kind), value=value, write=write, sharpness=_SHARP)
-
-
-def _distract(build: Build, *heads: Head) -> None:
-    """Heads that copy words evenly from everywhere into a subspace that nothing reads."""
-    for at in heads:
-        copier(build, at, value=build.words[: len(build["junk"])], write=build["junk"])
-
-
-def _any(rows: Tensor) -> Tensor:
-    """One row that reads the sum of what the rows read."""
-    return rows.sum(0, keepdim=True)
-
-
-def _prompt(length: int, words: Mapping[int, int]) -> list[int]:
-    """Fillers between "<bos>" and the end, with some words at some positions."""
-    middle = [WORDS + words[place] if place in words else FILLER for place in range(1, length - 1)]
-    return [BOS, *middle, END]
+def _require_sharp(sharpness: float) -> None:
+    if not 1 <= sharpness <= 100:
+        raise ValueError(
+            f"sharpness={sharpness}: it is from 1 (below, the model gives wrong answers) to 100 (above, scores are too "
+            "large to be exact in float32)."
+        )
 
 
 def _with_or_without(
@@ -411,39 +343,9 @@ def _with_or_without(
     """Prompts with one of n words at one of three positions; corrupt, word n, which names nothing."""
     cases = [(i, place) for i in range(n) for place in (1, 2, 3)]
     return (
-        [_prompt(5, {place: i}) for i, place in cases],
-        [_prompt(5, {place: n}) for _, place in cases],
+        [prompt(5, {place: i}) for i, place in cases],
+        [prompt(5, {place: n}) for _, place in cases],
         [WORDS + i for i, _ in cases],
         [WORDS + (i + 1) % n for i, _ in cases],
         {"word": [place for _, place in cases]},
     )
-
-
-def _name(at: Head) -> str:
-    return f"a{at[0]}.h{at[1]}"
-
-
-def _planted(
-    name: str,
-    model: Model,
-    clean: Sequence[Sequence[int]],
-    corrupt: Sequence[Sequence[int]],
-    answers: Sequence[int],
-    wrong: Sequence[int],
-    positions: Mapping[str, Sequence[int]],
-    *,
-    truth: Mapping[str, Sequence[Head]],
-    where: Mapping[str, str],
-    edges: Iterable[tuple[str, str]],
-    mlps: tuple[int, ...] = (),
-) -> Planted:
-    def tensor(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(values, device=model.device)
-
-    named = {key: tensor(places) for key, places in positions.items()}
-    named["end"] = tensor([len(row) - 1 for row in clean])
-    return Planted(
-        name=name, model=model, clean=tensor(clean), corrupt=tensor(corrupt), answers=tensor(answers),
-        wrong=tensor(wrong), positions=named, truth={stage: tuple(heads) for stage, heads in truth.items()},
-        where=where, mlps=mlps, edges=frozenset(edges),
-    )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.models import planted, run, toy
+from interp.models import planted, run
 from interp.models._planted_build import blank
 from interp.models.planted import Planted
 from interp.tasks.task import Task
@@ -71,9 +71,8 @@ def site(node: str) -> tuple[str, int | None]:
 
 
 @cache
-def sources(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
+def sources(this: Planted) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
     """What the nodes write on the clean and on the corrupt prompts, and the logit differences of both."""
-    this = case(name)
     capture = sorted({site(node)[0] for node in names(this)})
     clean, corrupt = (run(this.model, tokens, capture=capture) for tokens in (this.clean, this.corrupt))
     return clean.cache, corrupt.cache, difference(this, clean.logits), difference(this, corrupt.logits)
@@ -98,7 +97,7 @@ def effect(case: Planted, nodes: Collection[str], *, held: Collection[str] = (),
     everywhere = torch.arange(length).expand(batch, length)
     where = everywhere if at is None else at
     rows = torch.arange(batch)[:, None]
-    clean, corrupt, was, gone = sources(case.name)
+    clean, corrupt, was, gone = sources(case)
     hooks = [overwrite(node, corrupt, rows, where) for node in nodes]
     hooks += [overwrite(node, clean, rows, everywhere) for node in held]
     return (was - difference(case, run(case.model, case.clean, hooks=hooks).logits)) / (was - gone)
@@ -171,7 +170,7 @@ def edge_effect(name: str, cut: Collection[tuple[str, str]]) -> Tensor:
 @EVERY
 def test_the_model_is_the_sum_of_its_parts_without_any_norm(name: str) -> None:
     this = case(name)
-    for tokens, found in zip((this.clean, this.corrupt), sources(name)[:2], strict=True):
+    for tokens, found in zip((this.clean, this.corrupt), sources(this)[:2], strict=True):
         parts = forward(this, tokens)
         torch.testing.assert_close(this.model(tokens), parts["logits"], rtol=0, atol=LOGITS)
         for node in names(this):
@@ -293,7 +292,7 @@ def test_nodes_and_edges_agree(name: str) -> None:
 @EVERY
 def test_distractors_vary_and_the_other_idle_heads_write_nothing(name: str) -> None:
     this = case(name)
-    clean, corrupt, _, _ = sources(name)
+    clean, corrupt, _, _ = sources(this)
     kinds = set()
     for layer, head in set(heads(this)) - this.heads:
         hook_name = f"blocks.{layer}.attn.hook_z"
@@ -315,6 +314,25 @@ def test_building_draws_nothing_from_the_global_generator(name: str) -> None:
     assert torch.equal(again.clean, case(name).clean)
 
 
+@pytest.mark.parametrize("build", [planted.ioi_like, planted.induction_like])
+@pytest.mark.parametrize("sharpness", [1.0, 100.0])
+def test_the_softest_and_the_sharpest_have_the_same_truth(build: Callable[..., Planted], sharpness: float) -> None:
+    this = build(sharpness=sharpness)
+    logits = this.model(this.clean)[:, -1]
+    assert torch.equal(logits.argmax(-1), this.answers)
+    rest = [node for node in names(this) if node not in this.nodes]
+    same(effect(this, rest), 0.0)
+    for node in this.nodes:
+        assert (effect(this, [node]).abs() > 0.1).all()
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 101.0, -3.0, float("nan")])
+def test_a_sharpness_without_the_mechanism_is_refused(sharpness: float) -> None:
+    for build in (planted.ioi_like, planted.induction_like):
+        with pytest.raises(ValueError, match=f"sharpness={sharpness}: it is from 1 .* to 100"):
+            build(sharpness=sharpness)
+
+
 # --- IOI
 
 
@@ -322,10 +340,8 @@ def test_the_heads_of_ioi_attend_where_they_should() -> None:
     this = planted.ioi_like(sharpness=10.0)
     at = {key: where.tolist() for key, where in this.positions.items()}
     patterns = run(this.model, this.clean, capture=[f"blocks.{i}.attn.hook_pattern" for i in range(3)]).cache
-    for (layer, head), query, key in (
-        ((0, 1), "s2", "s1"), ((1, 0), "end", "s2"), ((2, 1), "end", "io"), ((2, 2), "end", "io"),
-        ((2, 3), "end", "io"),
-    ):  # fmt: skip
+    seen = [((0, 1), "s2", "s1"), ((1, 0), "end", "s2"), *(((2, head), "end", "io") for head in (1, 2, 3))]
+    for (layer, head), query, key in seen:
         pattern = patterns[f"blocks.{layer}.attn.hook_pattern"][range(24), head]
         assert (pattern[range(24), at[query], at[key]] > 0.999).all()
         rest = pattern.clone()
@@ -381,9 +397,9 @@ def test_the_pair_cancels() -> None:
     same(effect(this, ["a1.h0", "a0.h1", "a1.h2"]), 1.0)
 
 
-def test_either_head_suffices_for_or_and_none_for_and() -> None:
-    for name in ("or_gate", "and_gate"):
-        same(effect(case(name), ["a0.h1", "a1.h2"]), 1.0)
+@pytest.mark.parametrize("name", ["or_gate", "and_gate"])
+def test_both_heads_of_a_gate_have_the_full_effect(name: str) -> None:
+    same(effect(case(name), ["a0.h1", "a1.h2"]), 1.0)
 
 
 def test_the_backup_hides_the_primary_head() -> None:
@@ -398,16 +414,15 @@ def slopes(this: Planted, share: float, node: str) -> Tensor:
     """(clean - corrupt activation) x gradient as a fraction of the gap, per head of a layer, some way to clean."""
     name = site(node)[0]
     layers = [f"blocks.{layer}.attn.hook_z" for layer in range(this.model.n_layers)]
-    clean, corrupt, was, gone = sources(this.name)
+    clean, corrupt, was, gone = sources(this)
 
     def between(layer: str) -> Callable[..., Tensor]:
         mixed = (corrupt[layer] + share * (clean[layer] - corrupt[layer])).requires_grad_(layer == name)
         return lambda activation, hook: mixed
 
     # Each layer's heads are where they are on the way, so that both inputs of a gate move together.
-    found = run(
-        this.model, this.clean, hooks=[(layer, between(layer)) for layer in layers], capture=[name], grad=True
-    )  # fmt: skip
+    hooks = [(layer, between(layer)) for layer in layers]
+    found = run(this.model, this.clean, hooks=hooks, capture=[name], grad=True)
     (gradient,) = torch.autograd.grad(difference(this, found.logits).sum(), found.cache[name])
     return ((clean[name] - corrupt[name]) * gradient).sum((1, 3)) / (was - gone)[:, None]
 
@@ -483,7 +498,5 @@ def test_a_stream_too_narrow_is_refused() -> None:
         blank(1, 3, n_words=20, out=20)
 
 
-def test_planted_models_use_the_toys_tokenizer() -> None:
-    this = case("backup_head")
-    assert this.model.tokenizer.get_vocab() == toy.tokenizer(this.model.d_vocab).get_vocab()
-    assert repr(this) == "<Planted 'backup_head': {'primary': ((0, 1),), 'backup': ((1, 2),)}, MLPs (), 5 edges>"
+def test_what_a_planted_says_of_itself() -> None:
+    assert repr(case("or_gate")) == "<Planted 'or_gate': {'a': ((0, 1),), 'b': ((1, 2),)}, MLPs (1,), 5 edges>"
