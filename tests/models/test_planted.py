@@ -209,9 +209,7 @@ def test_the_prompts_are_pairs_with_named_positions(name: str) -> None:
     assert (this.clean != this.corrupt).any(1).all()
     assert len({tuple(row) for row in this.clean.tolist()}) == batch
     assert len(this.answers.unique()) > 2
-    for where in this.positions.values():
-        assert where.shape == (batch,)
-        assert ((where >= 0) & (where < length)).all()
+    assert all(((where >= 0) & (where < length)).all() for where in this.positions.values())
     assert (this.positions["end"] == length - 1).all()
     assert torch.equal(this.model.tokenize(this.prompts, prepend_bos=False).ids, this.clean)
     task = Task(
@@ -406,7 +404,7 @@ def test_the_backup_hides_the_primary_head() -> None:
     this = case("backup_head")
     same(effect(this, ["a0.h1", "a1.h2"]), 1.0)
     same(effect(this, ["a0.h1"], held=["a1.h2"]), 1.0)  # its direct effect: the backup stays idle
-    # What the primary says to the backup alone: it acts too, and the answer is twice as sure.
+    # Deceived about the primary, the backup acts too, and the answer is twice as sure.
     same(edge_effect("backup_head", [("a0.h1", "a1.h2<q>")]), -1.0)
 
 
@@ -420,7 +418,7 @@ def slopes(this: Planted, share: float, node: str) -> Tensor:
         mixed = (corrupt[layer] + share * (clean[layer] - corrupt[layer])).requires_grad_(layer == name)
         return lambda activation, hook: mixed
 
-    # Each layer's heads are where they are on the way, so that both inputs of a gate move together.
+    # Every layer's heads are on the way, so that both inputs of a gate move together.
     hooks = [(layer, between(layer)) for layer in layers]
     found = run(this.model, this.clean, hooks=hooks, capture=[name], grad=True)
     (gradient,) = torch.autograd.grad(difference(this, found.logits).sum(), found.cache[name])
