@@ -121,9 +121,7 @@ def grid(
 
     def groups(axis: str, chosen: Sequence[int] | None) -> list[list[Any]]:
         if chosen is not None and not len(chosen):
-            raise ValueError(
-                f"{axis}s=[] leaves nothing to patch: name some of 0 to {sizes[axis] - 1}, or leave it out."
-            )
+            raise ValueError(f"{axis}s=[] leaves nothing: name some of 0 to {sizes[axis] - 1}, or leave {axis}s out.")
         if chosen is None and axis not in axes and axis != "layer":
             return [[None]]  # one edit of them all
         numbers = [int(i) for i in (range(sizes[axis]) if chosen is None else chosen)]
