@@ -92,10 +92,9 @@ def test_both_directions_agree_where_the_model_is_linear(planted_case):
 # --- the slow way, and TransformerLens's own -----------------------------------------------------------------------
 
 SWEEPS = [
-    {"site": "z", "by": ("layer", "head"), "heads": [0, 3]},
     {"site": "z", "by": ("head", "pos"), "positions": ["early", -1], "layers": [1], "direction": "noising"},
     {"site": "v", "by": ("layer", "head"), "positions": "early", "layers": [0, 1]},
-    {"site": "k", "by": ("layer", "pos"), "positions": ["early", "end"], "layers": [1, 2]},
+    {"site": "k", "by": ("pos",), "positions": ["early", "end"], "layers": [1, 2]},
     {"site": "q", "by": ("head",), "direction": "noising", "source": "mean"},
     {"site": "mlp_out", "by": ("pos",), "positions": ["early", "end"], "direction": "noising", "source": "zero"},
     {
@@ -106,7 +105,6 @@ SWEEPS = [
         "direction": "noising",
         "source": "mean",
     },
-    {"site": "resid_post", "by": "layer", "direction": "noising", "source": "zero", "positions": [4]},
     {"site": "attn_out", "by": (), "layers": [1, 2], "metric": "kl"},
 ]
 
