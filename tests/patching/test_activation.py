@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformer_lens.patching as theirs
 
+from interp.core import rerun as engine
 from interp.core.edits import Edit
 from interp.core.readout import candidates, readout
 from interp.models import ModelCheckError, load, run, toy
+from interp.models.program import NoProgramError
 from interp.models.vision import toy_vit
-from interp.patching import _runs, activation
+from interp.patching import _runs, _sources, activation
 from interp.patching.activation import joint, patch
 
 #: Logits of the toys are about 10 and gaps about 1; sums in another order differ by 1e-6 a layer.
@@ -442,6 +444,24 @@ def test_half_precision(random_task):
     assert everything.summary()["mean"].item() == pytest.approx(1.0, abs=0.1)
     result = patch(model, task, direction="noising", source="mean", min_oriented=0.0)
     assert np.isfinite(values(result)).all() and result.meta["dtype"] == "bfloat16"
+
+
+def test_a_model_without_a_program_takes_the_slow_way_and_says_so(random_model, random_task, monkeypatch):
+    model = random_model("llama")
+    task = random_task(model, padded=False)
+    options = {"direction": "noising", "source": "position_mean", "layers": [1]}
+    fast = patch(model, task, **options)
+
+    def none(model):
+        raise NoProgramError("it is of an unknown kind")
+
+    for module in (engine, _runs, _sources):
+        monkeypatch.setattr(module, "program", none)
+    with pytest.warns(UserWarning, match="unknown kind.* whole forward pass"):
+        slow = patch(model, task, **options)
+    np.testing.assert_allclose(values(slow), values(fast), atol=TOLERANCE)
+    with pytest.raises(NoProgramError):
+        patch(model, task, **options, exact_path="rerun")
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
