@@ -63,8 +63,9 @@ def ioi_roles(
     """The heads of the IOI circuit by role: each stage's candidates by path patching, and whether each is confirmed.
 
     Stages, all noising (see `patching.path.patch`), from all heads:
-    1. to the logits, at "end": helping heads are "name mover" candidates, hurting ones "negative name mover";
-    2. to the queries of the name movers, at "end": "S-inhibition";
+    1. to the logits, at "end": hurting heads are candidates for "negative name mover"; helping ones too, where they
+       anti-copy names oftener than they copy (they attend to S, as head 19.1 of GPT-2 Medium), else for "name mover";
+    2. to the queries of the helping heads of stage 1, at "end": "S-inhibition";
     3. to the keys and values of the S-inhibition heads, at "subject2": "induction" where a head attends from S2 more to
        the token after S1 than to S1, else "duplicate token";
     4. to the keys of the induction heads, at "after_subject1": "previous token". Where clean and corrupted prompts
@@ -142,10 +143,13 @@ def ioi_roles(
         return _candidates(result, sign, top, min_effect, seed)
 
     direct = stage("to the logits", task, _END)
-    found["name mover"], found["negative name mover"] = choose(direct), choose(direct, -1)
-    movers = _heads(found["name mover"])
-    if _can_receive(movers):
-        found["S-inhibition"] = choose(stage("to the movers' queries", task, _END, movers, ["q"]))
+    helping, hurting = choose(direct), choose(direct, -1)
+    copies = _copies(model, task, _heads([*helping, *hurting]), copy_top)
+    reverse = [head for head, scores in copies.items() if scores["value_anti_copy"] > scores["value_copy"]]
+    found["name mover"] = [each for each in helping if each[0] not in reverse]
+    found["negative name mover"] = [*(each for each in helping if each[0] in reverse), *hurting]
+    if _can_receive(_heads(helping)):
+        found["S-inhibition"] = choose(stage("to the movers' queries", task, _END, _heads(helping), ["q"]))
     inhibition = _heads(found.get("S-inhibition", []))
     if _can_receive(inhibition):
         senders = choose(stage("to the inhibition heads' keys and values", task, _S2, inhibition, ["k", "v"]))
@@ -161,13 +165,15 @@ def ioi_roles(
         contrast = _renamed(task, seed) if renamed else task
         found["previous token"] = choose(stage("to the induction heads' keys", contrast, _AFTER, inducers, ["k"]))
     without: Mapping[Head, Measures] = {}
-    if movers:
+    if movers := _heads(found["name mover"]):
         hooks = _mean_ablation(model, task, movers)
         growth = _compensation(model, task, movers, hooks, min_oriented)
         effects["compensation for the movers"] = _map(model, growth.table)
         found["backup"] = choose(growth)
         without = _attention(model, task, hooks)
-    table = _table(model, task, found, measures, without, copy_top)
+    missing = {head for heads in found.values() for head, _ in heads} - set(copies)
+    copies |= _copies(model, task, sorted(missing), copy_top)
+    table = _table(found, measures, without, copies)
     meta = provenance(
         model, task, top=top, min_effect=min_effect, copy_top=copy_top, random_length=random_length,
         freeze_mlps=freeze_mlps, min_oriented=min_oriented, seed=seed, stages=list(effects),
@@ -200,29 +206,30 @@ def is_confirmed(role: str, m: Measures) -> bool:
 
 
 def _table(
-    model: Model,
-    task: Task,
     found: Mapping[str, list[tuple[Head, list[float]]]],
     measures: Mapping[Head, Measures],
     without: Mapping[Head, Measures],
-    copy_top: int,
+    copies: Mapping[Head, Measures],
 ) -> pd.DataFrame:
     """One row a role and head, with all measures."""
-    every = sorted({head for heads in found.values() for head, _ in heads})
-    copies = {}
-    if every:
-        scores = evidence.copying(model, task, every, names=[_IO, _S1, _S2], top=copy_top)
-        means = scores.table.groupby(["metric", "layer", "head"])["value"].mean()
-        copies = {head: {column: float(means[kind][head]) for column, kind in _COPY.items()} for head in every}
     rows = []
     for role in ROLES:
-        for head, (mean, low, high) in found.get(role, []):
+        for head, (mean, low, high) in sorted(found.get(role, []), key=lambda each: -abs(each[1][0])):
             seen = {**measures[head], **(without[head] if role == "backup" else {}), **copies[head]}
             row: dict[str, Any] = {"component": role, "layer": head[0], "head": head[1], "value": mean}
             row |= {"value_low": low, "value_high": high, **seen, "value_confirmed": float(is_confirmed(role, seen))}
             rows.append(row)
     columns = ["component", "layer", "head", "value", "value_low", "value_high", *_ATTENTION, *_RANDOM, *_COPY]
     return pd.DataFrame(rows, columns=[*columns, "value_confirmed"])
+
+
+def _copies(model: Model, task: Task, heads: Sequence[Head], top: int) -> dict[Head, Measures]:
+    """Copy and anti-copy scores over IO, S1 and S2."""
+    if not heads:
+        return {}
+    table = evidence.copying(model, task, heads, names=[_IO, _S1, _S2], top=top).table
+    means = table.groupby(["metric", "layer", "head"])["value"].mean()
+    return {head: {column: float(means[kind][head]) for column, kind in _COPY.items()} for head in heads}
 
 
 def _measures(model: Model, task: Task, random_length: int, seed: int) -> dict[Head, Measures]:
