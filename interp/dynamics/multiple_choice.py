@@ -1,0 +1,284 @@
+"""Which label stands before the content asked for? A labelled multiple choice that a transformer trained here can do.
+
+The default model cannot do `interp.tasks.multiple_choice`; this is the same question in the smallest language that has
+it, so that one analysis runs on both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import string
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from interp.core.places import cache_folder
+from interp.core.result import Result
+from interp.dynamics.train import IGNORED, Batch, config, train
+from interp.models import sources
+from interp.models.load import load
+from interp.models.model import Model, Weights
+from interp.tasks.task import Task
+
+N_OPTIONS = 4
+LETTERS = tuple(string.ascii_uppercase)
+NUMBERS = tuple(str(number) for number in range(1, 11))
+WORDS = tuple(f"w{number}" for number in range(16))
+#: How often each form of labels, and each separator, stands in a training prompt.
+FORMS = {"letters": 0.4, "ordered_letters": 0.2, "random_letters": 0.3, "numbers": 0.1}
+SEPARATORS = {")": 0.7, ".": 0.1, "]": 0.1, "-": 0.1}
+VOCABULARY = ("<bos>", "<eos>", "query", "answer", ":", *SEPARATORS, *LETTERS, *NUMBERS, *WORDS)
+
+#: Where things stand: "<bos> query w : label ) content label ) content label ) content label ) content answer :".
+_FIRST_LABEL, _STRIDE, _LENGTH = 4, 3, 6 + 3 * N_OPTIONS
+_ID = {word: index for index, word in enumerate(VOCABULARY)}
+_NAME = "multiple-choice"
+#: One arrangement of contents in so many is never trained on.
+_HELD_OUT_IN = 10
+_SIZES: dict[str, Any] = {"n_ctx": 32, "n_layers": 3, "n_heads": 4, "d_model": 64}
+_TRAINING: dict[str, Any] = {"steps": 3000, "learning_rate": 3e-3, "batch_size": 64, "stop_at": 0.998}
+
+
+def train_multiple_choice(
+    *,
+    seed: int = 0,
+    weights: Weights | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    folder: str | os.PathLike[str] | None = None,
+) -> tuple[Model, Result]:
+    """A small Llama that can do labelled multiple choice, trained at the first call and read from the cache afterwards.
+
+    Prompts are "<bos> query w17 : A ) w4 B ) w17 C ) w9 D ) w30 answer :", whose answer is "B"; only the answer is
+    learned. What the model saw in training decides which solution it has. Of the prompts, 40% have the labels A B C D,
+    for which a fixed letter a place would do; 30% have four letters at random in any order and 20% in the order of the
+    alphabet, for which the label must be looked up; 10% have 1 2 3 4. The separator is ")" in 70%, and "." "]" "-" in
+    10% each. The right option is equally often in each place. Contents are four different words of 32; every tenth
+    arrangement, those whose words' numbers sum to a multiple of ten, is never trained on.
+
+    Args:
+        seed: of the weights and the prompts.
+        weights: "processed", "raw" or None, see `interp.load`.
+        device: where to put the model. It is trained on the CPU wherever it goes, so that a seed is one model.
+        dtype: type of the loaded weights; they are trained in float32.
+        folder: where to keep the model; None for one in the cache folder, named by the recipe.
+
+    Returns:
+        (model, history): the Model, named "multiple-choice", and the Result of `train`; its held-out prompts are
+        1,024 of the training mixture, of arrangements never trained on.
+
+    Raises:
+        ValueError: the folder holds a model of another recipe, or a damaged one.
+        OSError: the folder cannot be written.
+
+    Cost: about a minute of CPU at the first call; 1 MB on disk.
+    """
+    recipe = {
+        "seed": seed, "forms": FORMS, "separators": SEPARATORS, "vocabulary": VOCABULARY, "options": N_OPTIONS,
+        "held_out_in": _HELD_OUT_IN, "sizes": _SIZES, "training": _TRAINING,
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    root = cache_folder() / "trained" / digest if folder is None else Path(folder)
+    if not (root / _NAME / "config.json").is_file():
+        _train_into(root, digest, seed)
+    history = Result.load(root / "history")
+    if history.meta["recipe"] != digest:
+        raise ValueError(
+            f"{root} holds a model of another recipe (seed {history.meta['seed']}; asked for: {seed}): give another "
+            "folder, or delete it to train anew."
+        )
+    return load(root / _NAME, weights=weights, device=device, dtype=dtype), history
+
+
+def _train_into(root: Path, digest: str, seed: int) -> None:
+    """Train, and leave model and history in `root`: all or nothing, and resumed where an earlier call was stopped."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))  # before training: is there a place for it?
+    except OSError as error:
+        raise OSError(
+            f"{root} cannot be written ({error}): give folder=, or set INTERP_CACHE to a folder with free space."
+        ) from error
+    try:
+        sizes = config("llama", d_vocab=len(VOCABULARY), tie_word_embeddings=True, rope_theta=100.0, **_SIZES)
+        held_out = _with_targets(*_draw(torch.Generator().manual_seed(seed), 1024, None, held_out=True))
+        trained = train(sizes, batch, held_out=held_out, seed=seed, folder=root, **_TRAINING)
+        history = replace(trained.history, meta={**trained.history.meta, "recipe": digest})
+        sources.save_folder(trained.module, tokenizer(), work / _NAME)
+        history.save(root / "history")
+        if not (root / _NAME).is_dir():  # another process may have been faster, with the same weights
+            os.replace(work / _NAME, root / _NAME)
+        (root / "checkpoint.safetensors").unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def tokenizer() -> Any:
+    """A tokenizer of whole words, those of `VOCABULARY`, separated by spaces.
+
+    Returns:
+        A Hugging Face fast tokenizer; it adds no special tokens of its own accord.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel(dict(_ID), unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>", unk_token="<eos>"
+    )
+
+
+def batch(generator: torch.Generator, n: int) -> Batch:
+    """Training prompts of `train_multiple_choice`, for `train`.
+
+    Args:
+        generator: on the CPU.
+        n: number of prompts.
+
+    Returns:
+        (tokens, targets), both `[n 18]`; the only target is the answer, after the last token.
+
+    Example:
+        >>> tokens, targets = batch(torch.Generator().manual_seed(0), 2)
+        >>> tokenizer().decode(tokens[0]), tokenizer().decode(targets[0, -1:])
+        ('<bos> query w15 : M ) w10', 'M')
+    """
+    return _with_targets(*_draw(generator, n, None, held_out=False))
+
+
+def multiple_choice_task(
+    model: Model, n_prompts: int = 64, *, labels: str = "letters", separator: str = ")", seed: int = 0
+) -> Task:
+    """Prompts for a model of `train_multiple_choice`, of arrangements that it was never trained on.
+
+    The right option goes round the four places. The corrupted prompt lets the right content trade places with one
+    other option (which also goes round): the same tokens, with another label to give.
+
+    Args:
+        model: of `train_multiple_choice`, or any with its vocabulary.
+        n_prompts: number of prompts.
+        labels: "letters" A B C D; "random_letters" any four capitals in any order; "ordered_letters" any four in the
+            order of the alphabet; "numbers" 1 2 3 4.
+        separator: the mark between a label and its content, one of `SEPARATORS`.
+        seed: seed of the draw.
+
+    Returns:
+        The Task, with the names of `interp.tasks.multiple_choice`. `answers` are the labels of the right options,
+        `wrong` those that are right in the corrupted prompts, `options` the four labels in their order.
+        Positions: "label_0" ..., "content_0" ..., "correct_label", "correct_content", "wrong_label" (where `wrong`
+        stands) and "end".
+
+    Raises:
+        ValueError: unknown labels or separator, fewer than one prompt, or a model with another vocabulary.
+    """
+    for name, value, known in (("labels", labels, FORMS), ("separator", separator, SEPARATORS)):
+        if value not in known:
+            raise ValueError(
+                f"multiple_choice_task: {name}={value!r} is not known; use one of {', '.join(map(repr, known))}."
+            )
+    if model.tokenizer is None or model.tokenizer.get_vocab() != _ID:
+        raise ValueError(
+            f"multiple_choice_task: {model.name} has another vocabulary; use the model of train_multiple_choice(), or "
+            "interp.tasks.multiple_choice for a model of natural language."
+        )
+    if n_prompts < 1:
+        raise ValueError(f"multiple_choice_task: n_prompts={n_prompts}; ask for at least one.")
+    generator = torch.Generator().manual_seed(seed)
+    contents = _contents(generator, n_prompts, held_out=True)
+    marks = _marks(generator, n_prompts, labels)
+    row = torch.arange(n_prompts)
+    right = row % N_OPTIONS
+    other = (right + 1 + row // N_OPTIONS % (N_OPTIONS - 1)) % N_OPTIONS
+    traded = contents.clone()
+    traded[row, right], traded[row, other] = contents[row, other], contents[row, right]
+    between = torch.full((n_prompts,), _ID[separator])
+    asked = contents[row, right]
+    clean, corrupt = (_tokens(asked, marks, between, listed).to(model.device) for listed in (contents, traded))
+    places = _FIRST_LABEL + _STRIDE * torch.arange(N_OPTIONS)
+    positions = {f"label_{i}": places[i].expand(n_prompts) for i in range(N_OPTIONS)}
+    positions |= {f"content_{i}": places[i].expand(n_prompts) + 2 for i in range(N_OPTIONS)}
+    positions |= {"correct_label": places[right], "correct_content": places[right] + 2, "wrong_label": places[other]}
+    positions["end"] = torch.full((n_prompts,), _LENGTH - 1)
+    return Task(
+        name="multiple_choice",
+        prompts=tuple(" ".join(VOCABULARY[token] for token in prompt) for prompt in clean.tolist()),
+        clean=clean,
+        corrupt=corrupt,
+        answers=marks[row, right].to(model.device),
+        wrong=marks[row, other].to(model.device),
+        options=marks.to(model.device),
+        positions={name: where.to(model.device) for name, where in positions.items()},
+        source=f"words of train_multiple_choice, arrangements held out of its training; {labels}, "
+        f"separator {separator!r}",
+    )
+
+
+def _draw(
+    generator: torch.Generator, n: int, labels: str | None, *, held_out: bool
+) -> tuple[Int[Tensor, "n pos"], Int[Tensor, " n"]]:
+    """Prompts of the training mixture (labels=None) or of one form, and their answers."""
+    row = torch.arange(n)
+    contents = _contents(generator, n, held_out=held_out)
+    if labels is None:
+        every = torch.stack([_marks(generator, n, form) for form in FORMS])
+        marks = every[torch.multinomial(torch.tensor(list(FORMS.values())), n, True, generator=generator), row]
+    else:
+        marks = _marks(generator, n, labels)
+    shares = torch.tensor(list(SEPARATORS.values()))
+    between = torch.tensor([_ID[mark] for mark in SEPARATORS])[torch.multinomial(shares, n, True, generator=generator)]
+    right = torch.randint(N_OPTIONS, (n,), generator=generator)
+    return _tokens(contents[row, right], marks, between, contents), marks[row, right]
+
+
+def _with_targets(tokens: Int[Tensor, "n pos"], answers: Int[Tensor, " n"]) -> Batch:
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, -1] = answers
+    return tokens, targets
+
+
+def _contents(generator: torch.Generator, n: int, *, held_out: bool) -> Int[Tensor, "n option"]:
+    """Ids of different words, of arrangements that are held out or are not."""
+    kept: list[Tensor] = []
+    while sum(map(len, kept)) < n:
+        drawn = _different(generator, 2 * n, len(WORDS))
+        kept.append(drawn[(drawn.sum(-1) % _HELD_OUT_IN == 0) == held_out])
+    return _ID[WORDS[0]] + torch.cat(kept)[:n]
+
+
+def _marks(generator: torch.Generator, n: int, labels: str) -> Int[Tensor, "n option"]:
+    """Ids of the labels, in the order in which they stand in the prompt."""
+    if labels in ("letters", "numbers"):
+        first = LETTERS[0] if labels == "letters" else NUMBERS[0]
+        return (_ID[first] + torch.arange(N_OPTIONS)).expand(n, -1)
+    drawn = _different(generator, n, len(LETTERS))
+    return _ID[LETTERS[0]] + (drawn.sort(-1).values if labels == "ordered_letters" else drawn)
+
+
+def _different(generator: torch.Generator, n: int, of: int) -> Int[Tensor, "n option"]:
+    """In each row, as many different numbers below `of` as there are options."""
+    return torch.rand(n, of, generator=generator).topk(N_OPTIONS).indices
+
+
+def _tokens(
+    asked: Int[Tensor, " n"],
+    marks: Int[Tensor, "n option"],
+    between: Int[Tensor, " n"],
+    contents: Int[Tensor, "n option"],
+) -> Int[Tensor, "n pos"]:
+    """Whole prompts, from the content asked for, the labels, the separator and the contents of the options."""
+    n = len(asked)
+
+    def word(text: str) -> Tensor:
+        return torch.full((n, 1), _ID[text])
+
+    options = torch.stack([marks, between[:, None].expand_as(marks), contents], dim=-1).flatten(1)
+    return torch.cat([word("<bos>"), word("query"), asked[:, None], word(":"), options, word("answer"), word(":")], 1)
