@@ -274,7 +274,9 @@ class _Sweep:
             for group, k, v in zip(active, keys, values, strict=True):
                 self._edit(group, "k", layer, k)
                 self._edit(group, "v", layer, v)
-            tails = [steps.rotate(k, self._rotary(group.view)) for group, k in zip(active, keys, strict=True)]
+            tails = [
+                steps.rotate(modules.k_norm(k), self._rotary(group.view)) for group, k in zip(active, keys, strict=True)
+            ]
             if last:
                 normed = [self._narrow(group, x) for group, x in zip(active, normed, strict=True)]
             queries = _each(lambda x: steps.queries(layer, x), normed)
@@ -357,7 +359,8 @@ class _Sweep:
         steps = self.steps
         prompts = torch.arange(self.n_prompts, device=group.view.device)[:, None]
         allowed = steps.allowed(layer, self.frame)[prompts, group.view]  # [batch q_pos k_pos]
-        queries = steps.rotate(queries, self._rotary(group.view)).unflatten(3, (steps.n_key_value_heads, -1))
+        queries = steps.rotate(steps.layers[layer].q_norm(queries), self._rotary(group.view))
+        queries = queries.unflatten(3, (steps.n_key_value_heads, -1))
         shared_keys = self.base["rotated_k", layer][:, : group.start]
         scores = torch.cat(
             [
@@ -366,7 +369,7 @@ class _Sweep:
             ],
             -1,
         )
-        scores = (scores.flatten(2, 3) * steps.scale).masked_fill_(~allowed[:, None], float("-inf"))
+        scores = steps.capped(scores.flatten(2, 3) * steps.scale).masked_fill(~allowed[:, None], float("-inf"))
         self._edit(group, "attn_scores", layer, scores)
         pattern = steps.pattern(scores)
         self._edit(group, "pattern", layer, pattern)
@@ -382,9 +385,7 @@ class _Sweep:
         rows, prompts = streams.shape[:2]
         owner = torch.arange(prompts, device=streams.device).expand(rows, -1).reshape(-1)
         if self.read.tokens is not None:
-            normed = self.steps.final_norm(streams)
-            weight, bias = self.steps.directions(self.read.tokens.to(streams.device))
-            logits = torch.einsum("nbd,bkd->nbk", normed, weight) + bias
+            logits = self.steps.logits_of(streams, self.read.tokens.to(streams.device))
             scored = self.read.score(logits.flatten(0, 1), owner)
         else:
             # A vocabulary of 250,000 and a thousand rows would be a gigabyte: a few rows at a time.

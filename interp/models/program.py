@@ -56,6 +56,11 @@ class Layer:
     up: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
     windowed: bool
+    #: Norms of Qwen 3 on each query and key, and of Gemma 2 on what attention and MLP write; nothing elsewhere.
+    q_norm: Callable[[Tensor], Tensor]
+    k_norm: Callable[[Tensor], Tensor]
+    attn_post: Callable[[Tensor], Tensor]
+    mlp_post: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Program:
         parallel: whether the MLP reads the layer's input (GPT-NeoX) and not the stream after attention.
         n_heads, n_key_value_heads, d_head: of the attention.
         scale: factor of the attention scores.
+        heads_add: whether attention's output is the sum of its heads' (not where a norm comes after it, Gemma 2).
+        score_cap, logit_cap: c of c tanh(x / c), which Gemma 2 applies to attention scores and logits; None for none.
     """
 
     model: Model
@@ -80,6 +87,9 @@ class Program:
     final_norm: Callable[[Tensor], Tensor]
     unembed: Callable[[Tensor], Tensor]
     window: int | None
+    heads_add: bool
+    score_cap: float | None
+    logit_cap: float | None
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The stream before layer 0, `[batch pos d_model]`, from token ids `[batch pos]`."""
@@ -144,8 +154,12 @@ class Program:
             allowed: `[batch q_pos k_pos]`.
         """
         grouped = queries.unflatten(-2, (self.n_key_value_heads, -1))
-        scores = torch.einsum("bqgrd,bkgd->bgrqk", grouped, keys).flatten(1, 2) * self.scale
+        scores = self.capped(torch.einsum("bqgrd,bkgd->bgrqk", grouped, keys).flatten(1, 2) * self.scale)
         return scores.masked_fill(~allowed[:, None], float("-inf"))
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Attention scores, softly bounded where the architecture does so."""
+        return _capped(scores, self.score_cap)
 
     def pattern(self, scores: Tensor) -> Tensor:
         """`hook_pattern`: the softmax of the scores over keys, in float32."""
@@ -158,10 +172,16 @@ class Program:
 
     def attn_out(self, layer: int, z: Tensor) -> Tensor:
         """`hook_attn_out` `[... d_model]` of `hook_z` `[... head d_head]`."""
-        return self.layers[layer].o(z.flatten(-2))
+        return self.layers[layer].attn_post(self.layers[layer].o(z.flatten(-2)))
 
     def w_o(self, layer: int) -> Tensor:
-        """The output map `[head d_head d_model]`; what head h writes is `z[..., h, :] @ w_o[h]`, without the bias."""
+        """The output map `[head d_head d_model]`; what head h writes is `z[..., h, :] @ w_o[h]`, without the bias.
+
+        Raises:
+            NoProgramError: where heads do not add up (`heads_add`).
+        """
+        if not self.heads_add:
+            raise NoProgramError(f"{self.model.name} normalises attention's output: no head writes a part of its own.")
         linear: Any = self.layers[layer].o
         stored = linear.weight if type(linear).__name__ == "Conv1D" else linear.weight.T  # GPT-2 keeps [in out]
         return stored.unflatten(0, (self.n_heads, self.d_head))
@@ -176,7 +196,7 @@ class Program:
 
     def mlp_out(self, layer: int, post: Tensor) -> Tensor:
         """`hook_mlp_out` `[... d_model]` of `mlp.hook_post`."""
-        return self.layers[layer].down(post)
+        return self.layers[layer].mlp_post(self.layers[layer].down(post))
 
     def layer(self, layer: int, stream: Tensor, frame: Frame) -> dict[str, Tensor]:
         """Every site of one layer `[batch pos ...]` from its input: the slow, obvious use of the steps.
@@ -187,8 +207,8 @@ class Program:
         seen: dict[str, Tensor] = {"resid_pre": stream}
         normed = self.layers[layer].ln1(stream)
         seen["q"], seen["k"], seen["v"] = (f(layer, normed) for f in (self.queries, self.keys, self.values))
-        seen["rotated_k"] = self.rotate(seen["k"], frame.rotary)
-        rotated_q = self.rotate(seen["q"], frame.rotary)
+        seen["rotated_k"] = self.rotate(self.layers[layer].k_norm(seen["k"]), frame.rotary)
+        rotated_q = self.rotate(self.layers[layer].q_norm(seen["q"]), frame.rotary)
         seen["attn_scores"] = self.scores(rotated_q, seen["rotated_k"], self.allowed(layer, frame))
         seen["pattern"] = self.pattern(seen["attn_scores"])
         seen["z"] = self.mix(seen["pattern"], seen["v"])
@@ -201,7 +221,12 @@ class Program:
 
     def logits(self, stream: Tensor) -> Tensor:
         """Logits `[... d_vocab]` of the stream after the last layer."""
-        return self.unembed(self.final_norm(stream))
+        return _capped(self.unembed(self.final_norm(stream)), self.logit_cap)
+
+    def logits_of(self, stream: Tensor, tokens: Tensor) -> Tensor:
+        """Logits `[row batch k]` of a few tokens `[batch k]` of each prompt, of streams `[row batch d_model]`."""
+        rows, bias = self.directions(tokens)
+        return _capped(torch.einsum("nbd,bkd->nbk", self.final_norm(stream), rows) + bias, self.logit_cap)
 
     def directions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the unembedding and their bias: `[... d_model]` and `[...]` of token ids `[...]`."""
@@ -269,9 +294,8 @@ def _build(model: Model) -> Program:
     if model.kind != "decoder" or not hasattr(bridge, "original_model"):
         raise NoProgramError(f"it is a {type(bridge).__name__} of a {model.kind}, not a TransformerBridge of a decoder")
     config = bridge.original_model.config
-    for option in ("attn_logit_softcapping", "final_logit_softcapping", "scale_attn_by_inverse_layer_idx"):
-        if getattr(config, option, None):
-            raise NoProgramError(f"its config sets {option}")
+    if getattr(config, "scale_attn_by_inverse_layer_idx", None):
+        raise NoProgramError("its config sets scale_attn_by_inverse_layer_idx")
     unknown = [name for name, _ in bridge.blocks[0].named_children() if name not in _BLOCK_PARTS]
     if unknown:
         raise NoProgramError(f"its layers have {', '.join(unknown)}")
@@ -286,7 +310,7 @@ def _build(model: Model) -> Program:
         layers.append(
             Layer(
                 ln1=block.ln1.original_component,
-                ln2=block.ln2.original_component,
+                ln2=getattr(block, "ln2", block.ln1).original_component,  # Phi has one norm for both
                 q=block.attn.q.original_component,
                 k=block.attn.k.original_component,
                 v=block.attn.v.original_component,
@@ -295,13 +319,17 @@ def _build(model: Model) -> Program:
                 up=getattr(block.mlp, "in").original_component,
                 down=block.mlp.out.original_component,
                 windowed=window is not None and kind in (None, "sliding_attention"),
+                q_norm=_norm(block.attn, "q_norm"),
+                k_norm=_norm(block.attn, "k_norm"),
+                attn_post=_norm(block, "ln1_post"),
+                mlp_post=_norm(block, "ln2_post"),
             )
         )
     acts = [getattr(first.mlp.original_component, name, None) for name in ("act_fn", "act", "activation_fn")]
     return Program(
         model=model,
         layers=tuple(layers),
-        parallel=bool(getattr(config, "use_parallel_residual", False)),
+        parallel=bool(getattr(config, "use_parallel_residual", False)) or not hasattr(first, "ln2"),
         n_heads=model.n_heads,
         n_key_value_heads=model.n_key_value_heads,
         d_head=model.d_head,
@@ -310,10 +338,29 @@ def _build(model: Model) -> Program:
         final_norm=bridge.ln_final.original_component,
         unembed=bridge.unembed.original_component,
         window=window,
+        heads_add=not hasattr(first, "ln1_post"),
+        score_cap=getattr(config, "attn_logit_softcapping", None),
+        logit_cap=getattr(config, "final_logit_softcapping", None),
     )
 
 
-_BLOCK_PARTS = ("hook_in", "hook_out", "hook_mlp_in", "_original_component", "ln1", "ln2", "attn", "mlp")
+def _norm(parent: Any, name: str) -> Callable[[Tensor], Tensor]:
+    """A norm that only some architectures have, or nothing."""
+    found = getattr(parent, name, None)
+    return _unchanged if found is None else found.original_component
+
+
+def _unchanged(stream: Tensor) -> Tensor:
+    return stream
+
+
+def _capped(values: Tensor, cap: float | None) -> Tensor:
+    return values if cap is None else cap * torch.tanh(values / cap)
+
+
+_BLOCK_PARTS = (
+    "hook_in", "hook_out", "hook_mlp_in", "_original_component", "ln1", "ln1_post", "ln2", "ln2_post", "attn", "mlp",
+)  # fmt: skip
 
 
 def _check(steps: Program) -> None:

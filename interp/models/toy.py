@@ -44,10 +44,17 @@ _CONFIGS: dict[str, Callable[[Any], Any]] = {
         num_hidden_layers=3, num_attention_heads=4, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48,
         vocab_size=_N_VOCAB, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     ),
+    "qwen3": lambda c: c.Qwen3Config(**_shared(num_key_value_heads=2, head_dim=8)),
+    "phi": lambda c: c.PhiConfig(**_shared(partial_rotary_factor=0.5)),
+    "gemma2": lambda c: c.Gemma2Config(
+        **_shared(num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=16)
+    ),
 }  # fmt: skip
 
-#: Architectures that `random` can build.
-ARCHITECTURES = tuple(_CONFIGS)
+#: Architectures that `random` can build, one for each way in which decoders commonly differ.
+ARCHITECTURES = ("gpt2", "llama", "gpt_neox", "gemma", "mistral", "qwen2", "opt")
+#: Others that it can build: norms on queries and keys; one norm for attention and MLP; norms after both and soft caps.
+VARIANTS = ("qwen3", "phi", "gemma2")
 
 
 def random_module(architecture: str = "llama", *, seed: int = 0, scale: float = 0.3) -> nn.Module:
@@ -56,7 +63,7 @@ def random_module(architecture: str = "llama", *, seed: int = 0, scale: float = 
     Args:
         architecture: one of `ARCHITECTURES`: gpt2 (learned positions, LayerNorm), llama and qwen2 (grouped-query
             attention, rotary), gpt_neox (parallel attention and MLP, partly rotary), gemma (one KV head, d_head of its
-            own), mistral (sliding window of 8), opt (learned positions, ReLU).
+            own), mistral (sliding window of 8), opt (learned positions, ReLU); or of `VARIANTS`.
         seed: seed of the weights.
         scale: standard deviation of the weights; large enough that attention is far from uniform.
 
@@ -66,7 +73,7 @@ def random_module(architecture: str = "llama", *, seed: int = 0, scale: float = 
     import transformers
 
     if architecture not in _CONFIGS:
-        raise ValueError(f"architecture {architecture!r} is not known; use one of {', '.join(ARCHITECTURES)}.")
+        raise ValueError(f"architecture {architecture!r} is not known; use one of {', '.join(_CONFIGS)}.")
     config = _CONFIGS[architecture](transformers)
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator
         module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -76,7 +83,7 @@ def random_module(architecture: str = "llama", *, seed: int = 0, scale: float = 
             noise = torch.randn(parameter.shape, generator=generator)
             # Norm weights stay near their neutral value, 0 for Gemma (which adds 1) and 1 for the others.
             centre = 1.0 if parameter.ndim == 1 and "norm" in name or ".ln_" in name and "weight" in name else 0.0
-            centre = 0.0 if architecture == "gemma" or name.endswith("bias") else centre
+            centre = 0.0 if architecture.startswith("gemma") or name.endswith("bias") else centre
             parameter.copy_(centre + noise * (scale if parameter.ndim > 1 else 0.1))
     return module.eval()
 
@@ -85,7 +92,7 @@ def random(architecture: str = "llama", *, seed: int = 0, weights: Weights = "pr
     """A random tiny model: `random_module`, loaded.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
+        architecture: one of `ARCHITECTURES` or `VARIANTS`.
         seed: seed of the weights.
         weights: "processed" or "raw".
         scale: standard deviation of the weights.

@@ -177,7 +177,10 @@ def _steps(model: Model, exact_path: ExactPath | None) -> Program | None:
     if exact_path == "hooks":
         return None
     try:
-        return program(model)
+        steps = program(model)
+        if not steps.heads_add:
+            raise NoProgramError(f"{model.name} normalises attention's output, so a head writes no part of its own.")
+        return steps
     except NoProgramError as reason:
         if exact_path == "rerun":
             raise

@@ -47,7 +47,7 @@ def reading(model: Model, where: list[int] | None = None) -> Readout:
 
 def supported(model: Model, architecture: str) -> list[str]:
     """Sites whose hooks can be edited: OPT's pattern cannot, and parallel layers have no resid_mid."""
-    missing = {"gpt_neox": ("resid_mid",), "opt": ("pattern",)}.get(architecture, ())
+    missing = {"gpt_neox": ("resid_mid",), "phi": ("resid_mid",), "opt": ("pattern",)}.get(architecture, ())
     return [site for site in SITES if site not in missing]
 
 
@@ -110,7 +110,7 @@ def both(model: Model, cells: list[list[Edit]], **options: object) -> tuple[Tens
 # --- the cone equals whole forward passes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", toy.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", toy.ARCHITECTURES + toy.VARIANTS)
 def test_each_site_alone_equals_hooks(architecture: str):
     model = toy.random(architecture)
     for site in supported(model, architecture):

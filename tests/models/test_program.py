@@ -12,11 +12,11 @@ from interp.models.hooks import run
 from interp.models.program import SITES, NoProgramError, forward, hook_name
 
 #: OPT's score hook shows something else, and a parallel layer has no hook for the middle.
-UNSEEN = {"opt": ("attn_scores",), "gpt_neox": ("resid_mid",)}
+UNSEEN = {"opt": ("attn_scores",), "gpt_neox": ("resid_mid",), "phi": ("resid_mid",)}
 
 
 @pytest.mark.parametrize("weights", ["processed", "raw"])
-@pytest.mark.parametrize("architecture", toy.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", toy.ARCHITECTURES + toy.VARIANTS)
 def test_every_step_equals_its_hook(architecture: str, weights: str):
     model = toy.random(architecture, weights=weights)  # type: ignore[arg-type]
     tokens = toy.random_tokens(model, 3, 14)
@@ -94,14 +94,19 @@ def test_a_window_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch):
 def test_architectures_with_other_steps_are_refused_by_name():
     import transformers
 
-    config = transformers.Gemma2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+    # GPT-J rotates neighbouring pairs, not halves.
+    config = transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
     with torch.random.fork_rng(devices=[]):
         module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model = load(module.eval(), tokenizer=toy.tokenizer(), weights="raw")
-    with pytest.raises(NoProgramError, match="softcapping"):
+    with pytest.raises(NoProgramError, match="GPTJForCausalLM has no layer-by-layer program"):
         program.program(model)
-    with pytest.raises(NoProgramError, match="of a encoder|of an encoder|not a TransformerBridge|encoder"):
+    with pytest.raises(NoProgramError, match="encoder, not a TransformerBridge of a decoder"):
         program.program(replace(toy.random("llama", seed=9), kind="encoder"))
+
+
+def test_heads_behind_a_norm_have_no_part_of_their_own():
+    steps = program.program(toy.random("gemma2", weights="raw"))
+    assert not steps.heads_add
+    with pytest.raises(NoProgramError, match="no head writes a part of its own"):
+        steps.w_o(0)
