@@ -52,8 +52,9 @@ def classify(model: Model, task: Task, found: Result, *, batch_size: int | None 
     """Of which class each head is, with the evidence.
 
     All is measured at the position "end". D[p, k] is a head's net direct effect on label k in prompt p
-    (`output_nodes.attribution`), A its attention. An output head has a root mean square of D of at least 5% of that of
-    the centred logits. The first class that fits is given; the bars are constants of this module:
+    (`output_nodes.attribution`). An output head has a root mean square of D of at least 5% of that of the centred
+    logits; for a uniform head, in which D is small by definition, what it raises all labels by has that size. The first
+    class that fits is given; the bars are constants of this module:
 
     - "correct letter": D of the right label is positive on 70% of the prompts; attention on the labels sums to 0.3; the
       right label has the largest attention of the labels on 70% of the prompts; of what the head writes about each
@@ -116,7 +117,7 @@ def classify(model: Model, task: Task, found: Result, *, batch_size: int | None 
         row["value_size"] /= logits
         effect = rest[layer, head]
         row |= {"value_direct": float(effect["direct"]), "value_total": float(effect["total"])}
-        records.append({"component": _class(row, whole), "layer": layer, "head": head, **row})
+        records.append({"component": _class(row, whole, logits), "layer": layer, "head": head, **row})
     meta = provenance(model, task, sources=found.meta["n_sources"], seed=found.meta["seed"])
     return Result("head_classes.classify", pd.DataFrame(records), "logits", meta=meta)
 
@@ -202,24 +203,26 @@ def _measure(effect: np.ndarray, looks: _Looks, at: tuple[int, int], right: np.n
     }
 
 
-def _class(row: dict[str, float], whole: float) -> str:
-    if row["value_size"] >= MATERIAL and (name := _output_class(row)) is not None:
+def _class(row: dict[str, float], whole: float, logits: float) -> str:
+    material = row["value_size"] >= MATERIAL
+    if material and (name := _writes_for_some(row)) is not None:
         return name
+    even = row["value_labels"] >= READS and row["value_entropy"] >= EVEN
+    if even and row["value_raised"] >= MATERIAL * logits:
+        return "uniform"
+    if material and row["value_constant"] >= CONSTANT:
+        return "constant"
     gathers = row["value_total"] >= GATHERED * whole and abs(row["value_direct"]) <= INDIRECT * row["value_total"]
     if gathers and row["value_contents"] >= READS and row["value_right_content"] >= MOST:
         return "content gatherer"
-    return "other output" if row["value_size"] >= MATERIAL else "none"
+    return "other output" if material else "none"
 
 
-def _output_class(row: dict[str, float]) -> str | None:
-    helps, reads_labels = row["value_positive"] >= MOST, row["value_labels"] >= READS
-    single = row["value_rise_share"] >= SINGLE
-    if helps and reads_labels and not single and row["value_right_label"] >= MOST and row["value_copy"] >= MOST:
+def _writes_for_some(row: dict[str, float]) -> str | None:
+    helps, single = row["value_positive"] >= MOST, row["value_rise_share"] >= SINGLE
+    right = row["value_labels"] >= READS and row["value_right_label"] >= MOST
+    if helps and right and row["value_copy"] >= MOST and not single:
         return "correct letter"
     if single and row["value"] > 0 and row["value_constant"] < CONSTANT:
         return "single letter"
-    if helps and row["value_late"] >= LATE:
-        return "amplification"
-    if reads_labels and row["value_entropy"] >= EVEN and row["value_raised"] > 0:
-        return "uniform"
-    return "constant" if row["value_constant"] >= CONSTANT else None
+    return "amplification" if helps and row["value_late"] >= LATE else None
