@@ -110,11 +110,13 @@ def test_random_tokens_equal_the_pattern_entry_by_entry(architecture):
 def test_copying_is_the_model_with_the_head_alone(architecture, weights):
     """The head's values of the state, through its output map, as the final stream: all with the model's own hooks."""
     model = toy.random(architecture, weights=weights)
-    task = doc(model, n=3)
+    task = doc(model, n=3, padded=True)
     heads = [(0, 0), (2, 1), (2, 3)]
     found = evidence.copying(model, task, heads, names=["early", "late"], top=9).table
     assert found["value_rank"].nunique() > 8
-    stream = run(model, task.clean, capture=["blocks.0.hook_resid_post"]).cache["blocks.0.hook_resid_post"]
+    stream = run(model, task.clean, capture=["blocks.0.hook_resid_post"], mask=task.mask).cache[
+        "blocks.0.hook_resid_post"
+    ]
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
     for row in found.to_dict("records"):
         prompt, layer, head = row["prompt"], row["layer"], row["head"]

@@ -111,6 +111,7 @@ def test_planted_induction_chain_goes_to_its_start():
         "induction": ((1, 1),),
         "previous token": ((0, 2),),
     }
+    assert HeadSet.of(result)["name mover"] == ((3, 1),)  # (3, 2) helps too, but is no candidate for this
     rows = result.table.set_index("component")
     # The negative head attends to S and writes against it: it helps, by half as much as the mover.
     assert rows.loc["negative name mover", "value"] == pytest.approx(1 / 3, abs=1e-3)
