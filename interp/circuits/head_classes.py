@@ -212,7 +212,7 @@ def _class(row: dict[str, float], whole: float, logits: float) -> str:
         return "uniform"
     if material and row["value_constant"] >= CONSTANT:
         return "constant"
-    gathers = row["value_total"] >= GATHERED * whole and abs(row["value_direct"]) <= INDIRECT * row["value_total"]
+    gathers = row["value_total"] >= GATHERED * abs(whole) and abs(row["value_direct"]) <= INDIRECT * row["value_total"]
     if gathers and row["value_contents"] >= READS and row["value_right_content"] >= MOST:
         return "content gatherer"
     return "other output" if material else "none"
