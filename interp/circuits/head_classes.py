@@ -93,6 +93,18 @@ def classify(model: Model, task: Task, found: Result, *, batch_size: int | None 
         NoProgramError: a model whose layers are not of the common form.
 
     Cost: three forward passes, and a final norm for each head and label.
+
+    Example:
+        >>> from interp.circuits.output_nodes import effects
+        >>> from interp.models import toy
+        >>> model, options = toy.induction(), torch.tensor([[3, 5], [3, 5]])
+        >>> tokens = torch.tensor([[2, 3, 4, 5, 2], [2, 3, 4, 5, 4]])  # what followed this word?
+        >>> named = {"label_0": [1, 1], "label_1": [3, 3], "content_0": [0, 0], "content_1": [2, 2], "end": [4, 4]}
+        >>> task = Task("doc", ("w2 w3 w4 w5 w2", "w2 w3 w4 w5 w4"), tokens, "by hand", answers=torch.tensor([3, 5]),
+        ...             options=options, positions={name: torch.tensor(at) for name, at in named.items()})
+        >>> found = classify(model, task, effects(model, task, n_sources=1))
+        >>> found.filter(component="correct letter").table[["layer", "head"]].values.tolist()
+        [[1, 0]]
     """
     n_options = choice(task).options.shape[1]
     right = choice(task).right

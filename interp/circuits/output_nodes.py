@@ -202,6 +202,16 @@ def joint(
         ValueError: `found` is of another task or model, or a size is not between 1 and the number of nodes.
 
     Cost: as `effects`, a run for each size.
+
+    Example:
+        >>> from interp.models import toy
+        >>> tokens, options = torch.tensor([[2, 3, 4, 5, 2], [2, 4, 3, 5, 2]]), torch.tensor([[3, 4], [3, 4]])
+        >>> task = Task("doc", ("w2 w3 w4 w5 w2", "w2 w4 w3 w5 w2"), tokens, "by hand", answers=torch.tensor([3, 4]),
+        ...             options=options, positions={"end": torch.tensor([4, 4])})
+        >>> model = toy.induction()
+        >>> joined = joint(model, task, effects(model, task, n_sources=1))
+        >>> needed(joined), shares(joined).loc[1].round(3).tolist()
+        (1, [1.0, 1.0])
     """
     for name, mine in (("task_fingerprint", task.fingerprint), ("model_fingerprint", _fingerprint(model))):
         if found.meta.get(name) != mine:
