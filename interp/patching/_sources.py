@@ -188,6 +188,8 @@ def _means(
     exact_path: ExactPath | None,
 ) -> dict[tuple[str, int], Tensor]:
     """Means over prompts, and over positions that are not padding unless `by_position`."""
+    if not sites:
+        return {}
     sums: dict[tuple[str, int], Tensor] = {}
     n_pos = task.clean.shape[1]
     mask = torch.ones_like(task.clean) if task.mask is None else task.mask

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from interp.core.edits import Edit
 from interp.core.readout import readout
@@ -80,6 +79,8 @@ def test_identities_of_sets(source, random_model, random_task):
     clean = readout(model, task).of(run(model, task.clean).logits)
     np.testing.assert_allclose(removed["nothing"], clean, atol=TOLERANCE)
     assert np.abs(removed["everything"] - removed["part"]).max() > 0.01
+    alone = by_set(ablate(model, task, {"nothing": []}, source=source))
+    np.testing.assert_allclose(alone["nothing"], clean, atol=TOLERANCE)
     # A sweep of single ablations is `patch`.
     sweep = patch(model, task, source=source, direction="noising", layers=[2], heads=[2])
     single = ablate(model, task, {"one": [(2, 2)]}, source=source)
@@ -90,24 +91,36 @@ def test_a_set_is_kept_only_where_it_is_named(random_model, random_task):
     model = random_model("llama")
     task = random_task(model)
     early, end = task.positions["early"], 8
+    # The last layer is kept whole, so that what layer 1 writes at every position can be seen.
+    last = [(2, head) for head in range(4)]
 
-    def edit(z, layer):
-        kept = z[torch.arange(3), early, 1].clone(), z[:, end, 1].clone()
-        z[:] = 0.0
-        if layer == 1:
-            z[torch.arange(3), early, 1] = kept[0]
-            z[:, end, 1] = kept[1]
-        return z
+    def edit(kept_at):
+        def set_to(z, layer):
+            if layer == 2:
+                return z
+            kept = z[:, :, 1].clone()
+            z[:] = 0.0
+            for prompt, positions in enumerate(kept_at if layer == 1 else []):
+                z[prompt, positions, 1] = kept[prompt, positions]
+            return z
 
-    places = {"two": [Edit("z", 1, head=1, pos=early), Edit("z", 1, head=1, pos=end)]}
-    result = ablate(model, task, places, source="zero", keep=True)
-    np.testing.assert_allclose(by_set(result)["two"], by_hand(model, task, edit), atol=TOLERANCE)
-    everywhere = {"one": [*places["two"], (1, 1)], "head": [(1, 1)]}
-    result = by_set(ablate(model, task, everywhere, source="zero", keep=True))
-    np.testing.assert_allclose(result["one"], result["head"], atol=TOLERANCE)
-    slow = ablate(model, task, places, source="mean", keep=True, exact_path="hooks", batch_size=2)
-    fast = ablate(model, task, places, source="mean", keep=True)
-    np.testing.assert_allclose(by_set(slow)["two"], by_set(fast)["two"], atol=TOLERANCE)
+        return set_to
+
+    here, there = Edit("z", 1, head=1, pos=early), Edit("z", 1, head=1, pos=end)
+    sets = {
+        "early": ([here, *last], [[int(p)] for p in early]),
+        "both": ([here, there, *last], [[int(p), end] for p in early]),
+        "head": ([there, (1, 1), *last], [list(range(9))] * 3),
+    }
+    places = {name: components for name, (components, _) in sets.items()}
+    found = by_set(ablate(model, task, places, source="zero", keep=True))
+    for name, (_, kept_at) in sets.items():
+        np.testing.assert_allclose(found[name], by_hand(model, task, edit(kept_at)), atol=TOLERANCE)
+    assert min(np.abs(found["both"] - found[name]).max() for name in ("early", "head")) > 0.01
+    slow = by_set(ablate(model, task, places, source="mean", keep=True, exact_path="hooks", batch_size=2))
+    fast = by_set(ablate(model, task, places, source="mean", keep=True))
+    for name in sets:
+        np.testing.assert_allclose(slow[name], fast[name], atol=TOLERANCE)
 
 
 def test_a_planted_circuit_alone_does_the_task_and_nothing_is_left_without_it(planted_case):

@@ -348,6 +348,27 @@ def test_interrupted_sweeps_go_on_and_never_mix(random_model, random_task, monke
     assert done == 2 * len(variants)
 
 
+def test_the_clean_and_the_corrupted_run_are_told_apart(random_model, random_task, monkeypatch):
+    model = random_model("llama")
+    task = random_task(model, n=4, padded=False)
+    fresh = patch(model, task, layers=[1], batch_size=2)
+    real, calls = _runs.rerun, 0
+
+    def stopped(*given, **options):
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # two batches of the clean run, and the second one of the corrupted run
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    monkeypatch.setattr(_runs, "rerun", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        patch(model, task, layers=[1], batch_size=2)
+    again = patch(model, task, layers=[1], batch_size=2)
+    assert np.array_equal(values(again), values(fresh))
+    assert np.array_equal(again.arrays["clean"][1], fresh.arrays["clean"][1])
+
+
 # --- sources, metrics ----------------------------------------------------------------------------------------------
 
 
@@ -382,6 +403,17 @@ def test_sources_by_hand(random_model, random_task):
     np.testing.assert_allclose(
         result.table["value_metric"], changed(cache[:, :, head].mean(0)), atol=TOLERANCE
     )  # fmt: skip
+
+
+def test_a_value_of_its_own_is_kept(random_model, random_task):
+    model = random_model("llama")
+    task = random_task(model)
+    given = {"set": [Edit("z", 1, head=2, value=torch.ones(3, 8)), Edit("mlp_out", 1, value=0.5)]}
+    results = [joint(model, task, given, direction="noising", source=source) for source in ("corrupt", "zero", "mean")]
+    for result in results[1:]:
+        np.testing.assert_allclose(values(result), values(results[0]), atol=TOLERANCE)
+    zero = joint(model, task, {"set": [(1, 2), Edit("mlp_out", 1)]}, direction="noising", source="zero")
+    assert np.abs(values(zero) - values(results[0])).max() > 0.01
 
 
 def test_resampling_takes_another_prompt_of_the_same_length(random_model, random_task):
