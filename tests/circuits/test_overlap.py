@@ -201,6 +201,13 @@ def test_stages_find_the_planted_senders():
     assert labels == ["logits at end", "q of stage 1 at end", "v of stage 2 at s2"]
 
 
+def test_a_stage_receives_for_the_one_it_names():
+    case, task = ioi_like()
+    found = stages(case.model, task, (*STEPS, STEPS[1]), share=0.25)
+    second, fourth = (found.filter(step=step).table.drop(columns="step") for step in (2, 4))
+    pd.testing.assert_frame_equal(second, fourth)
+
+
 def test_top_heads_of_a_stage_are_limited_by_the_share():
     case, task = ioi_like()
     found = stages(case.model, task, STEPS[:2], share=0.01)
@@ -223,9 +230,8 @@ def test_four_steps_and_receivers():
     ]  # fmt: skip
     model = toy.random("llama")  # 4 heads in 2 groups
     assert receivers_of(model, [(1, 0), (1, 1), (1, 3)], ["q"]) == [Receiver("q", 1, at) for at in (0, 1, 3)]
-    assert receivers_of(model, [(1, 0), (1, 1), (1, 3)], ["v", "k"]) == [
-        Receiver("v", 1, 0), Receiver("v", 1, 1), Receiver("k", 1, 0), Receiver("k", 1, 1),
-    ]  # fmt: skip
+    assert receivers_of(model, [(1, 0), (1, 1)], ["v", "k"]) == [Receiver("v", 1, 0), Receiver("k", 1, 0)]
+    assert receivers_of(model, [(1, 1), (1, 3)], ["v"]) == [Receiver("v", 1, 0), Receiver("v", 1, 1)]
     rows = pd.DataFrame({"layer": [0, 0, 1, 1, 2], "head": [0, 0, 1, 1, 0], "value": [1.0, -3.0, 5.0, -1.0, 0.0]})
     assert top_heads(rows, 3) == [(1, 1), (0, 0)]
     assert top_heads(rows, 1) == [(1, 1)]
