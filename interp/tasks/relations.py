@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -41,8 +41,7 @@ class Pair(NamedTuple):
 class Relation:
     """Pairs of words that stand in one relation, as one model's tokenizer writes them.
 
-    A source with several right targets (Belgium: Dutch, French, German) has a pair for each, the usual one first;
-    `targets` collects them.
+    A source with several right targets (Belgium: Dutch, French, German) has a pair for each, the usual one first.
 
     Attributes:
         name: "antonym", "country_capital", ...
@@ -52,6 +51,7 @@ class Relation:
         multi_token: those whose source is several tokens and whose target is one.
         source_ids: token of each source of `pairs`, `[pair]`, on the model's device.
         target_ids: token of each target of `pairs`, `[pair]`.
+        targets: tokens of all right targets of each source, of one token or of several.
         templates: prompts that ask for the relation, with "{source}" in them; the target comes next.
         n_listed: number of pairs before any were left out.
     """
@@ -63,6 +63,7 @@ class Relation:
     multi_token: tuple[Pair, ...]
     source_ids: Int[Tensor, " pair"]
     target_ids: Int[Tensor, " pair"]
+    targets: Mapping[str, tuple[int, ...]]
     templates: tuple[str, ...]
     n_listed: int
 
@@ -75,15 +76,8 @@ class Relation:
     @property
     def copying(self) -> bool:
         """Whether every target is its source."""
-        return all(pair.source == pair.target for pair in (*self.pairs, *self.multi_token))
-
-    @property
-    def targets(self) -> dict[str, tuple[int, ...]]:
-        """Tokens of all right targets of each source, of one token or of several."""
-        found: dict[str, tuple[int, ...]] = {}
-        for pair in (*self.pairs, *self.multi_token):
-            found[pair.source] = (*found.get(pair.source, ()), pair.target_token)
-        return found
+        pairs = (*self.pairs, *self.multi_token)
+        return bool(pairs) and all(pair.source == pair.target for pair in pairs)
 
     @classmethod
     def from_pairs(
@@ -136,17 +130,18 @@ class Relation:
             if from_ids and len(to_ids) == 1 and not folded:
                 kept.setdefault((from_ids, to_ids[0]), Pair(source, target, from_ids, to_ids[0]))
         single = _spread([pair for pair in kept.values() if len(pair.source_tokens) == 1], max_pairs)
+        several = _spread([pair for pair in kept.values() if len(pair.source_tokens) > 1], max_pairs)
+        # Of all pairs, also where `max_pairs` leaves a source with some: any right answer is right.
+        right: dict[str, tuple[int, ...]] = {pair.source: () for pair in (*single, *several)}
+        for pair in kept.values():
+            if pair.source in right:
+                right[pair.source] += (pair.target_token,)
         return cls(
-            name=name,
-            category=category,
-            about=about,
-            pairs=single,
-            multi_token=_spread([pair for pair in kept.values() if len(pair.source_tokens) > 1], max_pairs),
+            name=name, category=category, about=about, pairs=single, multi_token=several, targets=right,
             source_ids=torch.tensor([pair.source_tokens[0] for pair in single], dtype=torch.long, device=model.device),
             target_ids=torch.tensor([pair.target_token for pair in single], dtype=torch.long, device=model.device),
-            templates=tuple(templates),
-            n_listed=len(pairs),
-        )
+            templates=tuple(templates), n_listed=len(pairs),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -235,21 +235,26 @@ def test_planted_vocabulary():
 
 
 def test_a_tokenizer_that_puts_its_own_space_before_a_text():
-    """Llama's writes a bracket that stands alone as "▁(", which is another token than the one inside a line."""
+    """Llama's writes " hot" alone as "▁", "▁hot" and "(" alone as "▁(": other tokens than inside a line."""
     vocab = {piece: i for i, piece in enumerate(["<unk>", "▁the", "▁hot", "▁cold", "▁", "\n", "small", "▁(", "(", ")"])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Metaspace(prepend_scheme="always"),
-            pre_tokenizers.Split(Regex(r"▁?\w+|▁\(|[()]|▁|\n"), "isolated"),
-        ]
-    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\w+|▁\(|[()]|▁|\n"), "isolated")
     model = make_model(inner)
     assert model.tokenizer.encode("(", add_special_tokens=False) == [7]
+    assert model.tokenizer.encode(" hot", add_special_tokens=False) == [4, 2]
     bracket = Relation.from_pairs(model, "bracket", [("(", ")")], space="none")
     assert [tuple(p) for p in bracket.pairs] == [("(", ")", (8,), 9)]
     opposite = Relation.from_pairs(model, "opposite", [("hot", "cold"), ("small", "hot")])
     assert [tuple(p) for p in opposite.pairs] == [("hot", "cold", (2,), 3)]
+
+
+def test_a_word_whose_start_joins_what_stands_before_it_has_no_tokens():
+    inner = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(["<unk>", "\n", "\n(", "x", "y"])}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\(|\n|[xy]"), "isolated")
+    pairs = [("(x", "y"), ("x", "y"), ("y", "(x")]
+    relation = Relation.from_pairs(make_model(inner), "joined", pairs, space="none")
+    assert [tuple(p) for p in relation.pairs] == [("x", "y", (3,), 4)] and not relation.multi_token
 
 
 def test_an_uncased_tokenizer_has_no_capitals():
@@ -270,6 +275,9 @@ def test_max_pairs_spreads_evenly(smol):
     gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
     assert gaps <= {len(every) // 40, len(every) // 40 + 1}
     assert some.n_listed == every.n_listed and len(some.source_ids) == 40
+    languages, few = (relations(smol, "country_language", max_pairs=most)["country_language"] for most in (None, 30))
+    assert len(few) == len(few.multi_token) == 30
+    assert few.targets == {pair.source: languages.targets[pair.source] for pair in (*few.pairs, *few.multi_token)}
     whole = relations(smol, "plural", max_pairs=10_000)["plural"]
     assert whole.pairs == every.pairs
 
