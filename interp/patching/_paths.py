@@ -103,16 +103,15 @@ def patched(
 
 
 def _overwrite(row: int, where: Tensor, moved: Tensor, inputs: dict[Receiver, tuple[list[int], Tensor]]) -> list[Edit]:
-    """The edits that give one row's receivers what they read; none in prompts where nothing moved."""
+    """The edits that give one row's receivers what they read; none where nothing moved in any prompt."""
     if not bool(moved[row].any()):
         return []
-    at = where.masked_fill(~moved[row], -1)
     edits = []
     for receiver, (rows, values) in inputs.items():
         if row in rows:
             site = "mlp_out" if receiver.component == "mlp" else receiver.component
             assert receiver.layer is not None
-            edits.append(Edit(site, receiver.layer, head=receiver.head, pos=at, value=values[rows.index(row)]))
+            edits.append(Edit(site, receiver.layer, head=receiver.head, pos=where, value=values[rows.index(row)]))
     return edits
 
 
