@@ -18,8 +18,9 @@ from interp.core.readout import Readout, readout
 from interp.core.registry import method
 from interp.core.rerun import ExactPath
 from interp.core.result import Result
+from interp.models.check import require_live
 from interp.models.model import Model
-from interp.models.program import NoProgramError, Program
+from interp.models.program import NoProgramError, Program, hook_name
 from interp.patching._attribution import AXES, Parts, Plan
 from interp.patching._gradients import room, steps_of
 from interp.patching._inputs import provenance, require_decoder, require_gap
@@ -113,6 +114,7 @@ def attribute(
     Raises:
         ValueError: an unknown site, axis, direction, source, path or grid; a site that the model has not; options that
             exclude each other; no corrupted prompts; a gap that is not positive; an encoder or vision model.
+        ModelCheckError: gradients by hooks, at a site that the bridge shows but does not compute with.
         NoProgramError: `qk_fix` or exact_path="rerun" for a model whose layers are not of the common form.
 
     Cost: two forward passes and one backward pass to the activations (not the weights), about three forward passes, for
@@ -141,6 +143,9 @@ def attribute(
     whole = [Edit(site, 0) for site in plan.sites]
     checked(model, [whole], task.clean.shape[1], len(task), sourced=True)
     require_source(source, whole, task, reference)
+    if isinstance(way, NoProgramError):
+        for site in plan.sites:  # where the bridge only shows an activation, it has no gradient
+            require_live(model, hook_name("attn_out" if site == "resid_mid" else site, 0))
     origin = prepare(
         model, task, source, plan.kept(model.n_layers), reference=reference, seed=seed, exact_path=exact_path
     )  # fmt: skip

@@ -17,8 +17,9 @@ from interp.core.edits import Edit
 from interp.core.readout import Readout, readout
 from interp.core.rerun import rerun
 from interp.models import Model, planted, program, toy
+from interp.models.check import ModelCheckError
 from interp.models.hooks import run
-from interp.patching import _gradients
+from interp.patching import _gradients, attribution
 from interp.patching._qk_fix import of_key, of_keys, of_query
 from interp.patching.activation import patch
 from interp.patching.attribution import attribute
@@ -589,3 +590,19 @@ def test_a_model_without_a_program_is_answered_with_a_warning(random_model, rand
         found = attribute(model, task)
     np.testing.assert_allclose(found.table["value"], expected, atol=TOLERANCE)
     assert found.meta["exact_path"] == "hooks"
+
+
+def test_hooks_on_what_is_only_shown_are_refused(random_model, random_task, monkeypatch):
+    model = random_model("opt")
+    asked = []
+
+    def dead(model: Model, name: str) -> None:
+        asked.append(name)
+        if name.endswith("hook_mlp_out"):
+            raise ModelCheckError(name)
+
+    monkeypatch.setattr(attribution, "require_live", dead)
+    with pytest.raises(ModelCheckError):
+        attribute(model, random_task(model), sites=("resid_mid", "mlp_out"), exact_path="hooks")
+    assert asked == ["blocks.0.hook_attn_out", "blocks.0.hook_mlp_out"]
+    attribute(model, random_task(model), sites=("resid_mid", "mlp_out"))  # no hooks, nothing to refuse
