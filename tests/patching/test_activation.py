@@ -543,10 +543,15 @@ def test_tasks_that_do_not_fit_are_refused(random_model, random_task):
         patch(model, turned, min_oriented=0.0)
     with pytest.raises(ValueError, match="mean gap 0 logits"):
         patch(model, replace(task, corrupt=task.clean), min_oriented=0.0)
-    part = replace(task, answers=torch.where(torch.tensor([True, False, False]), task.wrong, task.answers),
-                   wrong=torch.where(torch.tensor([True, False, False]), task.answers, task.wrong))  # fmt: skip
-    with pytest.raises(ValueError, match=r"67% of 3 prompts .* task\[\[1, 2\]\]"):
+    # The prompt with the smallest gap turned round: the mean gap is positive still.
+    found = patch(model, task, layers=[0]).arrays
+    least = torch.arange(3) == int((found["clean"][1] - found["corrupt"][1]).argmin())
+    answers, wrong = torch.where(least, task.wrong, task.answers), torch.where(least, task.answers, task.wrong)
+    part = replace(task, answers=answers, wrong=wrong)
+    kept = ", ".join(str(i) for i in range(3) if not least[i])
+    with pytest.raises(ValueError, match=rf"67% of 3 prompts .* task\[\[{kept}\]\]"):
         patch(model, part)
+    assert patch(model, part, layers=[0], min_oriented=0.6).unit == "fraction of the mean clean-corrupt gap"
     with pytest.raises(ValueError, match="has no answers, which 'logit_diff' reads"):
         patch(model, replace(task, answers=None))
     with pytest.raises(ValueError, match="several numbers a prompt"):
