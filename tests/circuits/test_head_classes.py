@@ -41,10 +41,36 @@ def test_the_evidence_is_what_was_planted(classified):
     assert even["value_size"] < 1e-3 and even["value_raised"] > 0.3
     assert constant["value_constant"] == pytest.approx(1, abs=1e-3)
     assert rows.loc[(3, 0), "value_late"] == pytest.approx(1, abs=1e-3)
+    assert letter["value_late"] < 1e-3  # labels stand among the contents, not after them
     gatherer = rows.loc[1, 0]
     assert gatherer["value_right_content"] == 1 and abs(gatherer["value_direct"]) < 1e-3
     # With sources of other places, what the gatherer finds decides the right letter's logit, but for what is constant.
     assert gatherer["value_total"] > 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "content gatherer"),
+        ({"value_direct": 0.4}, "none"),  # more than a third of its total effect
+        ({"value_direct": -0.4}, "none"),
+        ({"value_total": 0.9, "value_direct": 0.0}, "none"),  # less than a tenth of the whole, 10
+        ({"value_contents": 0.2}, "none"),
+        ({"value_right_content": 0.6}, "none"),
+        ({"value_size": 0.06}, "content gatherer"),
+        ({"value_size": 0.06, "value_direct": 0.4}, "other output"),
+        ({"value_size": 0.06, "value_constant": 0.6}, "constant"),
+        ({"value_size": 0.06, "value_positive": 0.8, "value_late": 0.6}, "amplification"),
+        ({"value_size": 0.04, "value_positive": 0.8, "value_late": 0.6}, "content gatherer"),
+    ],
+)
+def test_the_bars_at_their_edges(changed, expected):
+    row = {
+        "value": 0.1, "value_size": 0.01, "value_positive": 0.5, "value_labels": 0.1, "value_right_label": 0.3,
+        "value_copy": 0.3, "value_rise_share": 0.3, "value_constant": 0.1, "value_entropy": 0.5, "value_raised": 0.0,
+        "value_late": 0.1, "value_contents": 0.8, "value_right_content": 0.9, "value_direct": 0.3, "value_total": 1.0,
+    }  # fmt: skip
+    assert head_classes._class(row | changed, whole=10.0, logits=1.0) == expected
 
 
 def test_a_random_model_has_no_correct_letter_head(random_choice):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.circuits import low_rank, output_nodes
+from interp.circuits import head_classes, low_rank, output_nodes
 from interp.core.result import Result
 from interp.dynamics import multiple_choice as trained
 from interp.dynamics.train import config, train
@@ -114,6 +114,20 @@ def letter_heads(classes: Result) -> list[Head]:
     return _pairs(found if len(found) else table.head(2))
 
 
+def label_readers(classes: Result) -> list[Head]:
+    """All output heads, of whatever class, that attend to the labels.
+
+    Args:
+        classes: of `head_classes.classify`.
+
+    Returns:
+        (layer, head) of each.
+    """
+    table = classes.table.sort_values("value_direct", ascending=False)
+    size = (table["value_size"] >= head_classes.MATERIAL) & (table["value_labels"] >= head_classes.READS)
+    return _pairs(table[size])
+
+
 def gathering(model: Model, task: Task, classes: Result, heads: Sequence[Head]) -> pd.DataFrame:
     """How much of the content gatherers' total effect goes through the queries of some heads.
 
@@ -202,7 +216,10 @@ def _compression(compressed: Result) -> dict[str, Any]:
     def tested(target: str, component: str, value: float) -> Any:
         if np.isfinite(share(target, component)):
             return value
-        return untestable(f"with {target} the heads' {component} can be cut altogether at no cost: nothing to compress")
+        return untestable(
+            f"with {target}, setting the correct-letter heads' {component} to their mean costs nothing: others give "
+            "the answer too (the notebook compresses all of them together)"
+        )
 
     def fall(component: str) -> float:
         return float(unchanged - cells.loc[("letters", component, 3), "right"])
