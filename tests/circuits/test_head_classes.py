@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from interp.circuits import head_classes, output_nodes
+from interp.models.hooks import run
 
 PLANTED = {
     (1, 0): "content gatherer", (2, 0): "correct letter", (2, 1): "single letter", (2, 2): "uniform",
@@ -78,6 +79,21 @@ def test_a_random_model_has_no_correct_letter_head(random_choice):
     found = head_classes.classify(model, task, output_nodes.effects(model, task, n_sources=1))
     assert not (found.table["component"] == "correct letter").any()
     assert set(found.table["component"]) <= set(head_classes.CLASSES)
+
+
+def test_copying_reads_the_values_of_the_heads_own_group(random_choice):
+    model, task = random_choice("llama", weights="raw")  # heads 0 and 1 share values, and 2 and 3
+    found = head_classes.classify(model, task, output_nodes.effects(model, task, n_sources=1)).table
+    cache = run(model, task.clean, capture=[f"blocks.{layer}.attn.hook_v" for layer in range(3)]).cache
+    weight = model.bridge.original_model.model.norm.weight
+    directions = model.bridge.original_model.lm_head.weight[task.options]
+    for layer, head in [(0, 1), (1, 1), (1, 2), (2, 3)]:
+        values = cache[f"blocks.{layer}.attn.hook_v"][:, [2, 4, 6, 8], head // 2]
+        out = values @ model.bridge.blocks[layer].attn.W_O[head]
+        gains = torch.einsum("bom,bkm->bok", out * weight, directions)  # the scale of the norm moves no argmax
+        expected = (gains.argmax(-1) == torch.arange(4)).float().mean()
+        mine = found[(found["layer"] == layer) & (found["head"] == head)]["value_copy"].item()
+        assert mine == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_batches_do_not_matter_and_padding_neither(random_choice):

@@ -29,6 +29,9 @@ def test_full_rank_changes_nothing(random_choice, architecture, padded):
     found = low_rank.compress(
         model, task, task, [(0, 1), (1, 2), (1, 3)], parts=["q", "k", "v", "qkv"], ranks=[0, model.d_head], batch_size=3
     )
+    # Four means by right option, less their mean, span three directions, whatever the queries are.
+    queries = found.arrays["singular_values"][1][0]
+    assert (queries[:, 3:] < 1e-4 * queries[:, :1]).all() and (queries[:, 2] > 1e-2 * queries[:, 0]).all()
     table = found.table.pivot(index="prompt", columns=["component", "step"], values="value")
     rows = torch.arange(len(task))
     logits = run(model, task.clean, mask=task.mask).logits[rows, task.positions["end"]].gather(1, task.options)

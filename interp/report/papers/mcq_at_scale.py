@@ -83,6 +83,26 @@ def chosen(attributed: Result) -> pd.DataFrame:
     return pd.DataFrame(counts).rename_axis("right").rename_axis("chosen", axis=1)
 
 
+def by_node(found: Result) -> Result:
+    """The mean direct and total effect of each node, for a figure.
+
+    Args:
+        found: of `output_nodes.effects`.
+
+    Returns:
+        Result, one row a node: target (its name), value_direct, value_total.
+    """
+    nodes = output_nodes.ranked(found)
+    names = [_name(row) for row in nodes.to_dict("records")]
+    table = pd.DataFrame({"target": names, "value_direct": nodes["direct"], "value_total": nodes["total"]})
+    return Result(found.method, table, found.unit, meta=found.meta)
+
+
+def _name(row: dict[Any, Any]) -> str:
+    named = {"embed": "embedding", "mlp_out": f"MLP {row['layer']}"}
+    return named.get(row["component"], f"{row['layer']}.{row['head']}")
+
+
 def on_labels(attributed: Result, head: Head) -> pd.DataFrame:
     """A head's mean net direct effect on each label, for each right option.
 
