@@ -124,6 +124,12 @@ def test_the_basis_is_orthonormal_and_begins_with_the_rows(n, d, rank, seed):
     torch.testing.assert_close(basis @ basis.T, torch.eye(d), atol=1e-4, rtol=0)  # float32
     span = basis[: min(rank, n, d)]
     torch.testing.assert_close(rows @ span.T @ span, rows, atol=2e-3, rtol=1e-3)  # nearly dependent rows
+    # Of what the rows leave open, the directions come in the order of how much of `rest` they hold.
+    held = (rest @ basis[len(span) :].T).square().sum(0)
+    open_to = rest - rest @ span.T @ span
+    best = torch.linalg.svdvals(open_to)[: len(held)].square()
+    # Float32, and rows that may be nearly dependent, so that the span itself is a little uncertain.
+    torch.testing.assert_close(held[: len(best)], best, atol=2e-2, rtol=2e-2)
     expected = torch.linalg.svdvals(rows)[: min(rank, n, d)] / n**0.5
     torch.testing.assert_close(values[: len(expected)], expected, atol=1e-4, rtol=1e-3)
 
