@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from interp.core.batching import batches
 from interp.core.edits import Activations, Cell, Edit, apply, checked, reach, sites_of
 from interp.core.readout import Readout
+from interp.models.check import require_live
 from interp.models.hooks import run
 from interp.models.model import Model
 from interp.models.program import NoProgramError, Program, hook_name, program
@@ -108,6 +109,8 @@ def _by_hooks(
         names = {site: hook_name(*site) for site in sorted(sites)}
         cache = run(model, source, capture=list(names.values()), mask=mask).cache
         values = {site: cache[name] for site, name in names.items()}
+    for site, layer in {site: layer for site, layer in sites_of(cells) if site in ("attn_scores", "pattern")}.items():
+        require_live(model, hook_name(site, layer))  # on OPT the bridge shows them, and computes with its own
     view = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
 
     def changed(cell: Cell) -> Tensor:

@@ -15,6 +15,7 @@ from interp.core.edits import Edit
 from interp.core.readout import Readout, candidates, readout, some
 from interp.core.rerun import rerun
 from interp.models import load, program, toy
+from interp.models.check import ModelCheckError
 from interp.models.hooks import run
 from interp.models.model import Model
 from interp.tasks import Task
@@ -351,3 +352,12 @@ def test_free_memory_bounds_what_is_run_together(monkeypatch: pytest.MonkeyPatch
     assert set(sizes) == {1}
     monkeypatch.undo()
     assert torch.allclose(small, both(model, cells)[1], atol=TOLERANCE)
+
+
+def test_hooks_that_are_only_shown_are_refused():
+    model = toy.random("opt")
+    tokens, source, _ = prompts(model)
+    with pytest.raises(ModelCheckError, match="does not change the output"):
+        rerun(model, tokens, [[Edit("pattern", 1, head=0)]], reading(model), source=source, exact_path="hooks")
+    found = rerun(model, tokens, [[], [Edit("pattern", 1, head=0)]], reading(model), source=source)
+    assert float((found[1] - found[0]).abs().max()) > 1e-3
