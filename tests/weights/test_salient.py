@@ -114,3 +114,14 @@ def test_refusals(toys):
         atlas(model, [HEAD, HEAD])
     with pytest.raises(ValueError, match='weights="raw"'):
         saliency(toys("llama"))
+
+
+def test_no_place_beyond_the_vocabulary_is_among_the_largest(monkeypatch):
+    monkeypatch.setattr(salient, "_GROUP", 4)
+    generator = torch.Generator().manual_seed(0)
+    # 29 tokens in groups of 4 leave 3 places over; every entry is below the 0 that those hold.
+    z, w_u = torch.rand(6, 3, generator=generator), -torch.rand(3, 29, generator=generator)
+    values, targets = salient._largest(z, torch.eye(3), w_u, 5)
+    expected = (z @ w_u).topk(5)
+    torch.testing.assert_close(values, expected.values)
+    assert torch.equal(targets, expected.indices)
