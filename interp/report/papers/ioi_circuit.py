@@ -44,6 +44,8 @@ def measured(
         "can": float((logit_diff > 0).mean()),
         "sparse": _share_of_top(roles.arrays["effects"][1][0], 5),
         **{claim: _confirmed(roles, role) for claim, role in _ROLES.items()},
+        # A head that copies negatively can help too, by attending to the subject: the claim is about those that hurt.
+        "negative": _confirmed(roles, "negative name mover", hurting=True),
         "backup": float((backup["value"] >= 0.05).sum()),
         "compensated": float(without.table["value_drop"].mean()) / direct_sum,
         "faithful": float(kept["circuit"]),
@@ -54,14 +56,15 @@ def measured(
 
 
 _ROLES = {
-    "movers": "name mover", "negative": "negative name mover", "inhibition": "S-inhibition",
-    "duplicate": "duplicate token", "induction": "induction", "previous": "previous token",
+    "movers": "name mover", "inhibition": "S-inhibition", "duplicate": "duplicate token", "induction": "induction",
+    "previous": "previous token",
 }  # fmt: skip
 
 
-def _confirmed(roles: Result, role: str) -> float:
-    table = roles.table
-    return float(table.loc[table["component"] == role, "value_confirmed"].sum())
+def _confirmed(roles: Result, role: str, *, hurting: bool = False) -> float:
+    table = roles.table[roles.table["component"] == role]
+    kept = table[table["value"] < 0] if hurting else table
+    return float(kept["value_confirmed"].sum())
 
 
 def _share_of_top(effects: np.ndarray, n: int) -> float:
