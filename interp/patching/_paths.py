@@ -8,6 +8,8 @@ stream plus a change that grows layer by layer, for all senders at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -208,13 +210,18 @@ def _input(steps: Program, receiver: Receiver, stream: Tensor) -> Tensor:
 
 def _score(steps: Program, read: Readout, streams: Tensor, owner: Tensor, norm_of: Tensor | None) -> Tensor:
     """The metric `[row]` of final streams `[row d_model]` of prompts `owner`; the norm's scale may be another's."""
-    norm = steps.final_norm
-    normed = norm(streams) if norm_of is None else scaled_as(norm, streams, norm_of)
-    if read.tokens is not None:
-        weight, bias = steps.directions(read.tokens.to(streams.device)[owner])
-        return read.score(torch.einsum("rd,rkd->rk", normed, weight) + bias, owner).float()
-    some = batches(len(normed), max(1, 2**25 // steps.model.d_vocab))
-    return torch.cat([read.score(steps.unembed(normed[rows]), owner[rows]) for rows in some]).float()
+    some = batches(len(streams), max(1, 2**25 // steps.model.d_vocab) if read.tokens is None else len(streams))
+    scores = []
+    for rows in some:
+        held = steps
+        if norm_of is not None:
+            held = replace(steps, final_norm=partial(scaled_as, steps.final_norm, others=norm_of[rows]))
+        if read.tokens is None:
+            logits = held.logits(streams[rows])
+        else:
+            logits = held.logits_of(streams[rows][None], read.tokens.to(streams.device)[owner[rows]])[0]
+        scores.append(read.score(logits, owner[rows]))
+    return torch.cat(scores).float()
 
 
 def scaled_as(norm: object, streams: Tensor, others: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from interp.core.edits import Edit
@@ -126,6 +125,18 @@ def test_equals_hooks_on_the_default_model(smol: Model):
     assert fast.table["value_metric"].nunique() == 2
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "phi"])
+def test_equals_hooks_on_architectures_with_norms_in_attention_or_one_norm(architecture: str):
+    model = toy.random(architecture)
+    task = drawn(model)
+    senders = [Node("embed"), Node("z", 0, 1), Node("mlp_out", 0), Node("z", 1, 2)]
+    for receivers, position in (("logits", "end"), (RECEIVERS["all kinds"], "early")):
+        options: dict[str, Any] = {"receivers": receivers, "senders": senders, "position": position}
+        fast, slow = (patch(model, task, **options, exact_path=path) for path in ("rerun", "hooks"))
+        np.testing.assert_allclose(fast.table["value_metric"], slow.table["value_metric"], atol=TOLERANCE, rtol=0)
+        assert fast.table["value"].abs().max() > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("metric", ["log_prob", "prob", "kl"])
 def test_metrics_of_the_whole_vocabulary(llama: tuple[Model, Task], metric: str):
     model, task = llama
@@ -200,20 +211,9 @@ def test_many_senders_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_model_without_a_program_runs_with_hooks_and_says_so():
-    config = transformers.Gemma2Config(
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=48,
-        vocab_size=64, max_position_embeddings=64, head_dim=8, sliding_window=8, bos_token_id=0, eos_token_id=1,
-        pad_token_id=1,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        for parameter in module.parameters():
-            parameter.data.normal_(0.0, 0.3)
-    model = load(module, tokenizer=toy.tokenizer(), weights="raw")
+    model = toy.random("gemma2")  # has a program, but its heads do not add up
     with pytest.warns(UserWarning, match="whole forward passes, with hooks"):
-        task = drawn(model)
-        whole = patch(model, task, senders="all", together=True)
+        whole = patch(model, task := drawn(model), senders="all", together=True)
     assert whole.meta["exact_path"] == "hooks"
     np.testing.assert_allclose(whole.summary()["mean"], 1.0, atol=1e-4)
     with pytest.raises(NoProgramError):
@@ -281,7 +281,7 @@ def test_receivers_that_are_not_reached_are_left_alone(llama: tuple[Model, Task]
 
 
 def test_a_head_reaches_the_mlp_of_its_layer_unless_they_are_parallel():
-    for architecture, reached in (("llama", {0, 1}), ("gpt_neox", {0})):
+    for architecture, reached in (("llama", {0, 1}), ("gpt_neox", {0}), ("phi", {0})):
         model = toy.random(architecture)
         table = patch(model, drawn(model), receivers=[Receiver("mlp", 1)], position="early").table
         assert set(table["layer"]) == reached
