@@ -430,6 +430,15 @@ def test_other_sources_are_what_activation_patching_puts_there(way, random_model
     )
 
 
+def test_means_by_position_stay_at_their_positions_under_padding(random_model, random_task):
+    model = random_model("llama")
+    options = {"source": "position_mean", "reference": random_task(model, padded=False)}
+    fast, hooked = (
+        estimates(model, random_task(model), "z", exact_path=way, **options) for way in ("rerun", "hooks")
+    )  # fmt: skip
+    close(np.nan_to_num(fast), np.nan_to_num(hooked))
+
+
 def test_a_source_without_pairs_needs_no_gap_and_a_path_of_its_own(smooth, random_task):
     model = smooth
     task = dataclasses.replace(random_task(model), corrupt=None)
