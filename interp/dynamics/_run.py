@@ -118,7 +118,8 @@ class Run:
         own, general = (int(word) for word in np.random.SeedSequence([seed, purpose, step]).generate_state(2))
         torch.default_generator.manual_seed(general)
         if self.device.type == "cuda":
-            torch.cuda.manual_seed(general)
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(general)
         return _checked(*self.batch(torch.Generator().manual_seed(own), n), n, self.module)
 
     def _take(self, measured: np.ndarray) -> None:

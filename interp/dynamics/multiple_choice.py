@@ -12,7 +12,9 @@ import os
 import shutil
 import string
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from interp.core.places import cache_folder
 from interp.core.result import Result
-from interp.dynamics.train import IGNORED, Batch, config, train
+from interp.dynamics.train import IGNORED, Batch, build, config, train
 from interp.models import sources
 from interp.models.load import load
 from interp.models.model import Model, Weights
@@ -37,34 +39,41 @@ FORMS = {"letters": 0.4, "ordered_letters": 0.2, "random_letters": 0.3, "numbers
 SEPARATORS = {")": 0.7, ".": 0.1, "]": 0.1, "-": 0.1}
 VOCABULARY = ("<bos>", "<eos>", "query", "answer", ":", *SEPARATORS, *LETTERS, *NUMBERS, *WORDS)
 
-#: Where things stand: "<bos> query w : label ) content label ) content label ) content label ) content answer :".
-_FIRST_LABEL, _STRIDE, _LENGTH = 4, 3, 6 + 3 * N_OPTIONS
+#: The prompt before the options and after them, by where the question stands; "?" is the content asked for.
+_AROUND = {"first": (("<bos>", "query", "?", ":"), ("answer", ":")), "last": (("<bos>",), ("query", "?"))}
 _ID = {word: index for index, word in enumerate(VOCABULARY)}
-_NAME = "multiple-choice"
 #: One arrangement of contents in so many is never trained on.
 _HELD_OUT_IN = 10
-_SIZES: dict[str, Any] = {"n_ctx": 32, "n_layers": 3, "n_heads": 4, "d_model": 64}
-_TRAINING: dict[str, Any] = {"steps": 3000, "learning_rate": 3e-3, "batch_size": 64, "stop_at": 0.998}
+_SIZES: dict[str, Any] = {"n_ctx": 32, "n_layers": 3, "n_heads": 4, "d_model": 64, "d_mlp": 128}
+#: Positions start at a fifth of the size of words, so that a content is compared as a word, wherever it stands.
+_POSITION_SCALE = 0.2
+_TRAINING: dict[str, Any] = {"steps": 4000, "learning_rate": 1e-3, "batch_size": 64, "stop_at": 0.998}
 
 
 def train_multiple_choice(
     *,
+    question: str = "first",
     seed: int = 0,
     weights: Weights | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
     folder: str | os.PathLike[str] | None = None,
 ) -> tuple[Model, Result]:
-    """A small Llama that can do labelled multiple choice, trained at the first call and read from the cache afterwards.
+    """A small GPT-2 that can do labelled multiple choice, trained at the first call and read from the cache afterwards.
 
-    Prompts are "<bos> query w17 : A ) w4 B ) w17 C ) w9 D ) w30 answer :", whose answer is "B"; only the answer is
-    learned. What the model saw in training decides which solution it has. Of the prompts, 40% have the labels A B C D,
-    for which a fixed letter a place would do; 30% have four letters at random in any order and 20% in the order of the
-    alphabet, for which the label must be looked up; 10% have 1 2 3 4. The separator is ")" in 70%, and "." "]" "-" in
-    10% each. The right option is equally often in each place. Contents are four different words of 32; every tenth
-    arrangement, those whose words' numbers sum to a multiple of ten, is never trained on.
+    Prompts are "<bos> query w7 : A ) w4 B ) w7 C ) w9 D ) w0 answer :", whose answer is "B"; only that is learned. What
+    the model saw in training decides what it relies on:
+
+    Labels. 40% of the prompts have A B C D, for which a fixed letter a place would do; 30% have four letters at random
+    in any order and 20% in the order of the alphabet, for which the label must be looked up; 10% have 1 2 3 4. The
+    separator is ")" in 70%, and "." "]" "-" in 10% each. The right option is equally often in each place. Contents are
+    four different words of 16; arrangements whose words' numbers sum to a multiple of ten, one in ten, are held out.
+
+    Question. Where it comes "first", what stands at labels and contents can already depend on it; where it comes
+    "last" ("<bos> A ) w4 B ) w7 C ) w9 D ) w0 query w7"), it cannot, and the end has to look for the content.
 
     Args:
+        question: "first" or "last".
         seed: of the weights and the prompts.
         weights: "processed", "raw" or None, see `interp.load`.
         device: where to put the model. It is trained on the CPU wherever it goes, so that a seed is one model.
@@ -72,34 +81,38 @@ def train_multiple_choice(
         folder: where to keep the model; None for one in the cache folder, named by the recipe.
 
     Returns:
-        (model, history): the Model, named "multiple-choice", and the Result of `train`; its held-out prompts are
-        1,024 of the training mixture, of arrangements never trained on.
+        (model, history): the Model, named "multiple-choice-question-first" or "-last", and the Result of `train`; its
+        held-out prompts are 1,024 of the training mixture, of arrangements never trained on.
 
     Raises:
-        ValueError: the folder holds a model of another recipe, or a damaged one.
+        ValueError: an unknown `question`; the folder holds a model of another recipe, or one that cannot be read.
         OSError: the folder cannot be written.
 
     Cost: about a minute of CPU at the first call; 1 MB on disk.
     """
+    _require(question=(question, _AROUND))
     recipe = {
-        "seed": seed, "forms": FORMS, "separators": SEPARATORS, "vocabulary": VOCABULARY, "options": N_OPTIONS,
-        "held_out_in": _HELD_OUT_IN, "sizes": _SIZES, "training": _TRAINING,
+        "question": question, "seed": seed, "forms": FORMS, "separators": SEPARATORS, "vocabulary": VOCABULARY,
+        "options": N_OPTIONS, "held_out_in": _HELD_OUT_IN, "sizes": _SIZES, "position_scale": _POSITION_SCALE,
+        "training": _TRAINING,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     root = cache_folder() / "trained" / digest if folder is None else Path(folder)
-    if not (root / _NAME / "config.json").is_file():
-        _train_into(root, digest, seed)
+    place = root / f"multiple-choice-question-{question}"
+    if not (place / "config.json").is_file():
+        _train_into(place, digest, question, seed)
     history = Result.load(root / "history")
     if history.meta["recipe"] != digest:
         raise ValueError(
             f"{root} holds a model of another recipe (seed {history.meta['seed']}; asked for: {seed}): give another "
             "folder, or delete it to train anew."
         )
-    return load(root / _NAME, weights=weights, device=device, dtype=dtype), history
+    return load(place, weights=weights, device=device, dtype=dtype), history
 
 
-def _train_into(root: Path, digest: str, seed: int) -> None:
-    """Train, and leave model and history in `root`: all or nothing, and resumed where an earlier call was stopped."""
+def _train_into(place: Path, digest: str, question: str, seed: int) -> None:
+    """Train, and leave the model in `place`: all or nothing, and resumed where an earlier call was stopped."""
+    root = place.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))  # before training: is there a place for it?
@@ -108,14 +121,17 @@ def _train_into(root: Path, digest: str, seed: int) -> None:
             f"{root} cannot be written ({error}): give folder=, or set INTERP_CACHE to a folder with free space."
         ) from error
     try:
-        sizes = config("llama", d_vocab=len(VOCABULARY), tie_word_embeddings=True, rope_theta=100.0, **_SIZES)
-        held_out = _with_targets(*_draw(torch.Generator().manual_seed(seed), 1024, None, held_out=True))
-        trained = train(sizes, batch, held_out=held_out, seed=seed, folder=root, **_TRAINING)
+        start: Any = build(config("gpt2", d_vocab=len(VOCABULARY), **_SIZES), seed=seed)
+        with torch.no_grad():
+            start.transformer.wpe.weight.mul_(_POSITION_SCALE)
+        held_out = _held_out(seed, question)
+        draw = partial(batch, question=question)
+        trained = train(start, draw, held_out=held_out, seed=seed, folder=root, **_TRAINING)
         history = replace(trained.history, meta={**trained.history.meta, "recipe": digest})
-        sources.save_folder(trained.module, tokenizer(), work / _NAME)
+        sources.save_folder(trained.module, tokenizer(), work / "model")
         history.save(root / "history")
-        if not (root / _NAME).is_dir():  # another process may have been faster, with the same weights
-            os.replace(work / _NAME, root / _NAME)
+        if not place.is_dir():  # another process may have been faster, with the same weights
+            os.replace(work / "model", place)
         (root / "checkpoint.safetensors").unlink(missing_ok=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -137,22 +153,23 @@ def tokenizer() -> Any:
     )
 
 
-def batch(generator: torch.Generator, n: int) -> Batch:
+def batch(generator: torch.Generator, n: int, *, question: str = "first") -> Batch:
     """Training prompts of `train_multiple_choice`, for `train`.
 
     Args:
         generator: on the CPU.
         n: number of prompts.
+        question: "first" or "last".
 
     Returns:
-        (tokens, targets), both `[n 18]`; the only target is the answer, after the last token.
+        (tokens, targets), both `[n pos]`, 18 tokens or 15; the only target is the answer, after the last token.
 
     Example:
         >>> tokens, targets = batch(torch.Generator().manual_seed(0), 2)
         >>> tokenizer().decode(tokens[0]), tokenizer().decode(targets[0, -1:])
-        ('<bos> query w15 : M ) w10', 'M')
+        ('<bos> query w1 : A ) w7 B ) w1 C ) w5 D ) w9 answer :', 'B')
     """
-    return _with_targets(*_draw(generator, n, None, held_out=False))
+    return _draw(generator, n, question, held_out=False)
 
 
 def multiple_choice_task(
@@ -160,8 +177,9 @@ def multiple_choice_task(
 ) -> Task:
     """Prompts for a model of `train_multiple_choice`, of arrangements that it was never trained on.
 
-    The right option goes round the four places. The corrupted prompt lets the right content trade places with one
-    other option (which also goes round): the same tokens, with another label to give.
+    The question stands where it stood in the model's training, which its name says ("first" for any other name). The
+    right option goes round the four places. The corrupted prompt lets the right content trade places with one other
+    option (which also goes round): the same tokens, with another label to give.
 
     Args:
         model: of `train_multiple_choice`, or any with its vocabulary.
@@ -180,11 +198,7 @@ def multiple_choice_task(
     Raises:
         ValueError: unknown labels or separator, fewer than one prompt, or a model with another vocabulary.
     """
-    for name, value, known in (("labels", labels, FORMS), ("separator", separator, SEPARATORS)):
-        if value not in known:
-            raise ValueError(
-                f"multiple_choice_task: {name}={value!r} is not known; use one of {', '.join(map(repr, known))}."
-            )
+    _require(labels=(labels, FORMS), separator=(separator, SEPARATORS))
     if model.tokenizer is None or model.tokenizer.get_vocab() != _ID:
         raise ValueError(
             f"multiple_choice_task: {model.name} has another vocabulary; use the model of train_multiple_choice(), or "
@@ -192,6 +206,7 @@ def multiple_choice_task(
         )
     if n_prompts < 1:
         raise ValueError(f"multiple_choice_task: n_prompts={n_prompts}; ask for at least one.")
+    question = "last" if model.name.endswith("question-last") else "first"
     generator = torch.Generator().manual_seed(seed)
     contents = _contents(generator, n_prompts, held_out=True)
     marks = _marks(generator, n_prompts, labels)
@@ -202,12 +217,14 @@ def multiple_choice_task(
     traded[row, right], traded[row, other] = contents[row, other], contents[row, right]
     between = torch.full((n_prompts,), _ID[separator])
     asked = contents[row, right]
-    clean, corrupt = (_tokens(asked, marks, between, listed).to(model.device) for listed in (contents, traded))
-    places = _FIRST_LABEL + _STRIDE * torch.arange(N_OPTIONS)
+    clean, corrupt = (
+        _tokens(question, asked, marks, between, listed).to(model.device) for listed in (contents, traded)
+    )
+    places = len(_AROUND[question][0]) + 3 * torch.arange(N_OPTIONS)
     positions = {f"label_{i}": places[i].expand(n_prompts) for i in range(N_OPTIONS)}
     positions |= {f"content_{i}": places[i].expand(n_prompts) + 2 for i in range(N_OPTIONS)}
     positions |= {"correct_label": places[right], "correct_content": places[right] + 2, "wrong_label": places[other]}
-    positions["end"] = torch.full((n_prompts,), _LENGTH - 1)
+    positions["end"] = torch.full((n_prompts,), clean.shape[1] - 1)
     return Task(
         name="multiple_choice",
         prompts=tuple(" ".join(VOCABULARY[token] for token in prompt) for prompt in clean.tolist()),
@@ -218,30 +235,35 @@ def multiple_choice_task(
         options=marks.to(model.device),
         positions={name: where.to(model.device) for name, where in positions.items()},
         source=f"words of train_multiple_choice, arrangements held out of its training; {labels}, "
-        f"separator {separator!r}",
+        f"separator {separator!r}, question {question}",
     )
 
 
-def _draw(
-    generator: torch.Generator, n: int, labels: str | None, *, held_out: bool
-) -> tuple[Int[Tensor, "n pos"], Int[Tensor, " n"]]:
-    """Prompts of the training mixture (labels=None) or of one form, and their answers."""
+def _require(**options: tuple[str, Collection[str]]) -> None:
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known here; use one of {', '.join(map(repr, known))}.")
+
+
+def _held_out(seed: int, question: str) -> Batch:
+    """The prompts that a training is measured on: its mixture, of arrangements that it never sees."""
+    return _draw(torch.Generator().manual_seed(seed), 1024, question, held_out=True)
+
+
+def _draw(generator: torch.Generator, n: int, question: str, *, held_out: bool) -> Batch:
+    """Prompts of the training mixture, and their answers as targets."""
+
+    def one_of(shares: dict[str, float]) -> Tensor:
+        return torch.multinomial(torch.tensor(list(shares.values())), n, True, generator=generator)
+
     row = torch.arange(n)
     contents = _contents(generator, n, held_out=held_out)
-    if labels is None:
-        every = torch.stack([_marks(generator, n, form) for form in FORMS])
-        marks = every[torch.multinomial(torch.tensor(list(FORMS.values())), n, True, generator=generator), row]
-    else:
-        marks = _marks(generator, n, labels)
-    shares = torch.tensor(list(SEPARATORS.values()))
-    between = torch.tensor([_ID[mark] for mark in SEPARATORS])[torch.multinomial(shares, n, True, generator=generator)]
+    marks = torch.stack([_marks(generator, n, form) for form in FORMS])[one_of(FORMS), row]
+    between = torch.tensor([_ID[mark] for mark in SEPARATORS])[one_of(SEPARATORS)]
     right = torch.randint(N_OPTIONS, (n,), generator=generator)
-    return _tokens(contents[row, right], marks, between, contents), marks[row, right]
-
-
-def _with_targets(tokens: Int[Tensor, "n pos"], answers: Int[Tensor, " n"]) -> Batch:
+    tokens = _tokens(question, contents[row, right], marks, between, contents)
     targets = torch.full_like(tokens, IGNORED)
-    targets[:, -1] = answers
+    targets[:, -1] = marks[row, right]
     return tokens, targets
 
 
@@ -269,16 +291,15 @@ def _different(generator: torch.Generator, n: int, of: int) -> Int[Tensor, "n op
 
 
 def _tokens(
+    question: str,
     asked: Int[Tensor, " n"],
     marks: Int[Tensor, "n option"],
     between: Int[Tensor, " n"],
     contents: Int[Tensor, "n option"],
 ) -> Int[Tensor, "n pos"]:
     """Whole prompts, from the content asked for, the labels, the separator and the contents of the options."""
-    n = len(asked)
-
-    def word(text: str) -> Tensor:
-        return torch.full((n, 1), _ID[text])
-
+    before, after = (
+        [asked if word == "?" else torch.full_like(asked, _ID[word]) for word in words] for words in _AROUND[question]
+    )
     options = torch.stack([marks, between[:, None].expand_as(marks), contents], dim=-1).flatten(1)
-    return torch.cat([word("<bos>"), word("query"), asked[:, None], word(":"), options, word("answer"), word(":")], 1)
+    return torch.cat([torch.stack(before, dim=1), options, torch.stack(after, dim=1)], dim=1)

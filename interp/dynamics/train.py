@@ -178,8 +178,8 @@ def train(
         ...     return tokens, torch.cat([torch.full((n, 2), IGNORED), tokens[:, :1]], dim=1)
         >>> sizes = config(d_vocab=8, n_ctx=3, n_layers=1, n_heads=2, d_model=16)
         >>> trained = train(sizes, repeat, steps=300, learning_rate=1e-2, stop_at=0.99, every=50)
-        >>> trained.history.filter(metric="held-out accuracy").table["value"].iloc[-1] >= 0.99
-        True
+        >>> trained.history.meta["steps_done"]
+        100
     """
     where = torch.device(device or "cpu")
     if where.type == "cuda" and not torch.cuda.is_available():
