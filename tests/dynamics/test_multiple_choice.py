@@ -184,7 +184,7 @@ def test_seed_decides_the_task(model: Model) -> None:
 
 
 def test_bad_tasks_are_refused(model: Model) -> None:
-    with pytest.raises(ValueError, match="labels='roman' is not known; use one of 'letters'"):
+    with pytest.raises(ValueError, match="labels='roman' is not known here; use one of 'letters'"):
         multiple_choice_task(model, labels="roman")
     with pytest.raises(ValueError, match="separator='/' is not known here"):
         multiple_choice_task(model, separator="/")
@@ -288,7 +288,7 @@ def test_folders_that_do_not_fit_are_refused(cache: Path, tmp_path: Path) -> Non
     assert train_multiple_choice(folder=tmp_path / "mine")[0].fingerprint == model.fingerprint
     with pytest.raises(ValueError, match="another recipe .seed 0; asked for: 7"):
         train_multiple_choice(seed=7, folder=tmp_path / "mine")
-    with pytest.raises(ValueError, match="question='middle' is not known; use one of 'first', 'last'"):
+    with pytest.raises(ValueError, match="question='middle' is not known here; use one of 'first', 'last'"):
         train_multiple_choice(question="middle")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="give folder=, or set INTERP_CACHE"):
