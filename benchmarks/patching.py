@@ -1,7 +1,7 @@
 """How much faster is a patching sweep than one forward pass a cell, and how near to what the machine could do?
 
     OMP_NUM_THREADS=1 python benchmarks/patching.py            # everything, about 25 minutes
-    OMP_NUM_THREADS=1 python benchmarks/patching.py z16 path   # some cases only, printed and not written
+    OMP_NUM_THREADS=1 python benchmarks/patching.py z16 path16 # some cases only; the other rows stay
 
 Peers: TransformerLens's own `patching.get_act_patch_*` on the same bridge, and for path patching the plain
 implementation with two hooked forward passes a sender. A peer's cost is one forward pass whatever the cell, so it
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from _measure import interleave, median, report, rows_with_origin
+from _measure import RESULTS, interleave, median, report, rows_with_origin
 from transformer_lens import patching as peer
 
 import interp
@@ -123,9 +124,14 @@ class _Sweep:
         return found.numpy()
 
     def row(self, case: str, target: float, repeats: int) -> list[dict[str, Any]]:
-        parity = float(np.abs(self.ours()[self.sample.index] - self.peer()).max())
-        arms = {"ours": self.ours, "peer": self.peer, "gemm": _gemm()}
-        times = interleave(arms, repeats=repeats, warmups=2 if repeats >= 5 else 0)  # the parity run has warmed up
+        found: dict[str, np.ndarray] = {}
+        arms = {
+            "ours": lambda: found.update(ours=self.ours()),
+            "peer": lambda: found.update(peer=self.peer()),
+            "gemm": _gemm(),
+        }
+        times = interleave(arms, repeats=repeats, warmups=2 if repeats >= 5 else 0)
+        parity = float(np.abs(found["ours"][self.sample.index] - found["peer"]).max())
         scale = len(self.cells) / len(self.sample)
         differs = (self.task.clean != self.task.corrupt).long().argmax(1)
         starts = self.cells["pos"] if "pos" in self.by else pd.Series(0, index=self.cells.index)
@@ -291,7 +297,7 @@ def _cases(model: interp.Model) -> dict[str, Callable[[], list[dict[str, Any]]]]
         "growth": _exponents,
         # Minutes each: fewer repeats, and the time is nearly all matrix multiplication.
         "z16": partial(_z, model, 16, 8.0, 2),
-        "resid16": partial(_resid_pre, model, 16, 15.0, 2),
+        "resid16": partial(_resid_pre, model, 16, 15.0, 1),
         "apart16": partial(_z, model, 16, 3.0, 1, shared=False),
         **{f"{site}16": partial(_heads, model, site, 16, 6.0, 1) for site in ("q", "k", "v", "pattern")},
         "zpos16": partial(_z_by_position, model, 16, 60.0, 1),
@@ -300,11 +306,12 @@ def _cases(model: interp.Model) -> dict[str, Callable[[], list[dict[str, Any]]]]
 
 
 def main(wanted: Sequence[str]) -> None:
-    """Parity, then time interleaved, case by case; all of them are written, some only printed."""
+    """Parity, then time interleaved, case by case."""
     model = interp.load("smollm2-135m")
     cases = _cases(model)
     chosen = [name for name in cases if not wanted or name in wanted]
     rows: list[dict[str, Any]] = []
+    stored = RESULTS / "patching.json"
     for name in chosen:
         print(f"{name} ...", file=sys.stderr, flush=True)
         found = cases[name]()
@@ -312,8 +319,11 @@ def main(wanted: Sequence[str]) -> None:
         for row in found:
             shown = {k: row[k] for k in ("case", "value", "target", "parity", "fraction_of_floor", "ours") if k in row}
             print(shown, flush=True)
-        if not wanted:  # after each case, so that a run that is stopped has not been for nothing
-            report("patching", rows_with_origin(rows, model="smollm2-135m"))
+        # After each case, so that a run that is stopped has not been for nothing; rows of other cases stay.
+        fresh = rows_with_origin(rows, model="smollm2-135m")
+        earlier = json.loads(stored.read_text(encoding="utf-8")) if wanted and stored.is_file() else []
+        names = {row["case"] for row in fresh}
+        report("patching", [row for row in earlier if row["case"] not in names] + fresh)
 
 
 if __name__ == "__main__":
