@@ -16,7 +16,7 @@ from interp.core.rerun import ExactPath
 from interp.core.rerun import _free_bytes as free_bytes
 from interp.models.hooks import HookFn, run
 from interp.models.model import Model
-from interp.models.program import SITES, Frame, NoProgramError, Program, hook_name, program
+from interp.models.program import Frame, NoProgramError, Program, hook_name, program
 
 #: Called with (site, layer, activation) where a pass has computed it; what it returns goes on.
 Visit = Callable[[str, int, Tensor], Tensor]
@@ -151,7 +151,7 @@ def _score(steps: Program, stream: Tensor, read: Readout) -> Tensor:
 
 def _by_hooks(model: Model, prompts: Prompts, visit: Visit, wanted: set[tuple[str, int]]) -> Tensor:
     hooks: list[tuple[str, HookFn]] = []
-    for site, layer in sorted(wanted, key=lambda at: SITES.index(at[0])):  # hooks of one name run in this order
+    for site, layer in sorted(wanted):
         if site == "resid_mid":
             hooks += _middle(layer, visit)
         else:
