@@ -369,9 +369,7 @@ class _Part(NamedTuple):
 
     @torch.no_grad()
     def _right(self, streams: Tensor) -> Tensor:
-        weight, bias = self.steps.directions(self.chosen.options)
-        logits = torch.einsum("...bd,bkd->...bk", self.steps.final_norm(streams), weight) + bias
-        return of_right(centred(logits), self.chosen.right)
+        return of_right(centred(self.steps.logits_of(streams, self.chosen.options)), self.chosen.right)
 
 
 @torch.no_grad()
