@@ -277,9 +277,7 @@ class _Sweep:
             for group, k, v in zip(active, keys, values, strict=True):
                 self._edit(group, "k", layer, k)
                 self._edit(group, "v", layer, v)
-            tails = [
-                steps.rotate(modules.k_norm(k), self._rotary(group.view)) for group, k in zip(active, keys, strict=True)
-            ]
+            tails = [steps.rotated_k(layer, k, self._rotary(group.view)) for group, k in zip(active, keys, strict=True)]
             if last:
                 normed = [self._narrow(group, x) for group, x in zip(active, normed, strict=True)]
             queries = _each(lambda x: steps.queries(layer, x), normed)
@@ -362,7 +360,7 @@ class _Sweep:
         steps = self.steps
         prompts = torch.arange(self.n_prompts, device=group.view.device)[:, None]
         allowed = steps.allowed(layer, self.frame)[prompts, group.view]  # [batch q_pos k_pos]
-        queries = steps.rotate(steps.layers[layer].q_norm(queries), self._rotary(group.view))
+        queries = steps.rotated_q(layer, queries, self._rotary(group.view))
         queries = queries.unflatten(3, (steps.n_key_value_heads, -1))
         shared_keys = self.base["rotated_k", layer][:, : group.start]
         scores = torch.cat(

@@ -145,6 +145,14 @@ class Program:
         turned = turned * cos + swapped * sin
         return turned if width == heads.shape[-1] else torch.cat((turned, heads[..., width:]), -1)
 
+    def rotated_q(self, layer: int, queries: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries as attention reads them: normed where the architecture does so (Qwen 3), then rotated."""
+        return self.rotate(self.layers[layer].q_norm(queries), rotary)
+
+    def rotated_k(self, layer: int, keys: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Keys as attention reads them, as `rotated_q`."""
+        return self.rotate(self.layers[layer].k_norm(keys), rotary)
+
     def scores(self, queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
         """`hook_attn_scores` `[batch head q_pos k_pos]`, -inf where a query may not look.
 
@@ -207,8 +215,8 @@ class Program:
         seen: dict[str, Tensor] = {"resid_pre": stream}
         normed = self.layers[layer].ln1(stream)
         seen["q"], seen["k"], seen["v"] = (f(layer, normed) for f in (self.queries, self.keys, self.values))
-        seen["rotated_k"] = self.rotate(self.layers[layer].k_norm(seen["k"]), frame.rotary)
-        rotated_q = self.rotate(self.layers[layer].q_norm(seen["q"]), frame.rotary)
+        seen["rotated_k"] = self.rotated_k(layer, seen["k"], frame.rotary)
+        rotated_q = self.rotated_q(layer, seen["q"], frame.rotary)
         seen["attn_scores"] = self.scores(rotated_q, seen["rotated_k"], self.allowed(layer, frame))
         seen["pattern"] = self.pattern(seen["attn_scores"])
         seen["z"] = self.mix(seen["pattern"], seen["v"])
@@ -224,9 +232,9 @@ class Program:
         return _capped(self.unembed(self.final_norm(stream)), self.logit_cap)
 
     def logits_of(self, stream: Tensor, tokens: Tensor) -> Tensor:
-        """Logits `[row batch k]` of a few tokens `[batch k]` of each prompt, of streams `[row batch d_model]`."""
+        """Logits `[... batch k]` of a few tokens `[batch k]` of each prompt, of streams `[... batch d_model]`."""
         rows, bias = self.directions(tokens)
-        return _capped(torch.einsum("nbd,bkd->nbk", self.final_norm(stream), rows) + bias, self.logit_cap)
+        return _capped(torch.einsum("...bd,bkd->...bk", self.final_norm(stream), rows) + bias, self.logit_cap)
 
     def directions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the unembedding and their bias: `[... d_model]` and `[...]` of token ids `[...]`."""

@@ -130,7 +130,7 @@ def _layer(steps: Program, layer: int, stream: Tensor, frame: Frame, seen: Visit
     q = seen("q", layer, steps.queries(layer, normed))
     k = seen("k", layer, steps.keys(layer, normed))
     v = seen("v", layer, steps.values(layer, normed))
-    rotated = steps.rotate(q, frame.rotary), steps.rotate(k, frame.rotary)
+    rotated = steps.rotated_q(layer, q, frame.rotary), steps.rotated_k(layer, k, frame.rotary)
     pattern = seen("pattern", layer, steps.pattern(steps.scores(*rotated, steps.allowed(layer, frame))))
     z = seen("z", layer, steps.mix(pattern, v))
     middle = seen("resid_mid", layer, stream + seen("attn_out", layer, steps.attn_out(layer, z)))
@@ -144,9 +144,7 @@ def _score(steps: Program, stream: Tensor, read: Readout) -> Tensor:
     last = stream[rows, read.where.to(stream.device)]
     if read.tokens is None:
         return read.score(steps.logits(last), rows)
-    weight, bias = steps.directions(read.tokens.to(stream.device))
-    logits = torch.einsum("bd,bkd->bk", steps.final_norm(last), weight) + bias
-    return read.score(logits, rows)
+    return read.score(steps.logits_of(last, read.tokens.to(stream.device)), rows)
 
 
 def _by_hooks(model: Model, prompts: Prompts, visit: Visit, wanted: set[tuple[str, int]]) -> Tensor:

@@ -81,7 +81,7 @@ def of_key(steps: Program, layer: int, frame: Frame, q: Tensor, k: Tensor, new: 
 
 
 def _scores(steps: Program, layer: int, frame: Frame, q: Tensor, k: Tensor) -> Tensor:
-    rotated = steps.rotate(q, frame.rotary), steps.rotate(k, frame.rotary)
+    rotated = steps.rotated_q(layer, q, frame.rotary), steps.rotated_k(layer, k, frame.rotary)
     return steps.scores(*rotated, steps.allowed(layer, frame)).float()
 
 

@@ -140,6 +140,13 @@ def test_what_nothing_follows_acts_directly(random_choice, architecture):
     assert (largest["z"] < 1e-4) == (architecture == "gpt_neox")
 
 
+def test_direct_and_total_effects_read_the_same_capped_logits(random_choice):
+    model, task = random_choice("gemma2")
+    found = output_nodes.effects(model, task, nodes="mlps", n_sources=1).filter(metric="indirect", layer=2)
+    assert found.table["value"].abs().max() < 1e-4
+    assert found.arrays["clean"][1] == pytest.approx(of_right(task, run(model, task.clean).logits).numpy(), abs=1e-4)
+
+
 def test_all_nodes_together_make_the_other_prompts_final_stream(random_choice):
     model, task = random_choice("llama", n=12)
     found = output_nodes.effects(model, task, n_sources=3)

@@ -86,7 +86,7 @@ def slow(model: Model, task: Task) -> dict[str, np.ndarray]:
     return {site: np.stack(parts) for site, parts in rows.items()}
 
 
-@pytest.mark.parametrize("architecture", toy.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*toy.ARCHITECTURES, *toy.VARIANTS])
 def test_equals_plain_autograd_on_the_bridge_one_prompt_at_a_time(architecture, random_model, random_task):
     model = random_model(architecture)
     task = random_task(model)
@@ -98,7 +98,7 @@ def test_equals_plain_autograd_on_the_bridge_one_prompt_at_a_time(architecture, 
         assert np.abs(expected[site]).max() > 0.1, site  # or nothing was compared
 
 
-@pytest.mark.parametrize("architecture", toy.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*toy.ARCHITECTURES, *toy.VARIANTS])
 def test_hooks_give_what_the_steps_give(architecture, random_model, random_task):
     model = random_model(architecture)
     task = random_task(model)
@@ -278,7 +278,7 @@ def test_through_the_softmax_a_saturated_head_is_exact(direction):
         np.testing.assert_allclose(both["value_x"], both["value_y"], atol=TOLERANCE, err_msg=f"{site} by {by}")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma", "mistral", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "mistral", "gpt2", "qwen3", "gemma2"])
 def test_through_the_softmax_equals_recomputing_each_pattern(architecture, random_model, random_task):
     """One key or query at a time, by the steps; the gradient by the pattern from autograd."""
     model = random_model(architecture)
@@ -295,10 +295,12 @@ def test_through_the_softmax_equals_recomputing_each_pattern(architecture, rando
         source = program.forward(steps, task.corrupt, task.mask, capture=("q", "k"))[1]
     n_heads = {"q": model.n_heads, "k": model.n_key_value_heads}
 
+    @torch.no_grad()
     def effect(layer: int, site: str, where: tuple) -> Tensor:
         put = {part: base[part, layer].clone() for part in ("q", "k")}
         put[site][where] = source[site, layer][where]
-        rotated = (steps.rotate(put[part], frame.rotary) for part in ("q", "k"))
+        norms = {"q": steps.layers[layer].q_norm, "k": steps.layers[layer].k_norm}
+        rotated = (steps.rotate(norms[part](put[part]), frame.rotary) for part in ("q", "k"))
         pattern = steps.pattern(steps.scores(*rotated, steps.allowed(layer, frame)))
         return ((pattern - base["pattern", layer]) * gradients[layer]).sum((1, 2, 3))
 
