@@ -16,6 +16,7 @@ from interp.core.registry import method
 from interp.core.result import Result
 from interp.models.hooks import HookFn, run
 from interp.models.model import Model
+from interp.models.program import Program, program
 from interp.patching._inputs import numbers, provenance, where
 from interp.tasks.induction import induction
 from interp.tasks.task import Task
@@ -178,6 +179,8 @@ def copying(model: Model, task: Task, heads: Sequence[Head], *, names: Sequence[
 
     Raises:
         ValueError: an unknown position or head, or none.
+        NoProgramError: a model whose layers are not of the common form, or with a norm after attention (Gemma 2), where
+            no head writes a part of its own.
 
     Cost: one forward pass up to layer 0, and 4 d_model d_vocab FLOPs for each head, prompt and position.
 
@@ -198,6 +201,7 @@ def copying(model: Model, task: Task, heads: Sequence[Head], *, names: Sequence[
             f"head {unknown[0]} is not one of {model.name}'s: layers 0 to {model.n_layers - 1}, heads 0 to "
             f"{model.n_heads - 1}."
         )
+    steps = program(model)
     prompts = torch.arange(len(task), device=task.clean.device)
     places = torch.stack([_place(task, name) for name in names])  # [name prompt]
     name = "blocks.0.hook_resid_post"
@@ -206,10 +210,10 @@ def copying(model: Model, task: Task, heads: Sequence[Head], *, names: Sequence[
     tokens = task.clean[prompts, places].flatten()
     found = []
     for layer, head in heads:
-        written = _written_alone(model, layer, head, states)
+        written = _written_alone(steps, layer, head, states)
         for sign in (1, -1):
             ranks = [
-                rank(model.bridge.unembed(model.bridge.ln_final((sign * written[rows])[None]))[0], tokens[rows])
+                rank(steps.logits(sign * written[rows]), tokens[rows])
                 for rows in batches(len(states), max(1, _LOGITS_AT_ONCE // model.d_vocab))
             ]
             found.append(numbers(torch.cat(ranks)).reshape(len(names), len(task)))
@@ -225,14 +229,10 @@ def copying(model: Model, task: Task, heads: Sequence[Head], *, names: Sequence[
     return Result("evidence.copying", table, "fraction", meta=meta)
 
 
-def _written_alone(model: Model, layer: int, head: int, states: Tensor) -> Tensor:
+def _written_alone(steps: Program, layer: int, head: int, states: Tensor) -> Tensor:
     """What a head writes `[batch d_model]` where all its attention is on a token with this stream `[batch d_model]`."""
-    block = model.bridge.blocks[layer]
-    group = head * model.n_key_value_heads // model.n_heads
-    values = block.ln1(states[None])[0] @ block.attn.W_V[group]
-    if block.attn.b_V is not None:
-        values = values + block.attn.b_V[group]
-    return values @ block.attn.W_O[head]
+    group = head * steps.n_key_value_heads // steps.n_heads
+    return steps.values(layer, steps.layers[layer].ln1(states))[:, group] @ steps.w_o(layer)[head]
 
 
 def _place(task: Task, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from interp.core.registry import method
 from interp.core.result import Result
 from interp.models.hooks import HookFn, run
 from interp.models.model import Model
+from interp.models.program import program
 from interp.patching import path
 from interp.patching._inputs import gap, numbers, provenance, require_pairs, where
 from interp.tasks.task import Task
@@ -109,6 +110,7 @@ def ioi_roles(
     Raises:
         ValueError: a task without these positions or without corrupted prompts, too few names for stage 4, and as
             `patching.path.patch` and `evidence.repeated_tokens`.
+        NoProgramError: as `evidence.copying`.
 
     Cost: four `patching.path.patch` of all heads, and about ten forward passes.
 
@@ -125,6 +127,7 @@ def ioi_roles(
         (((2, 1), (2, 2)), ((1, 0),))
     """
     _require_ioi(task)
+    program(model).w_o(0)  # refuses now a model whose heads do not add up, and not after the stages
     measures = _measures(model, task, random_length, seed)
     found: dict[str, list[tuple[Head, list[float]]]] = {}
     effects: dict[str, np.ndarray] = {}
@@ -313,16 +316,16 @@ def _compensation(
 
     (before, final), (after, _) = seen([]), seen(hooks)
     assert task.answers is not None and task.wrong is not None
-    weight = model.bridge.unembed.W_U
-    direction = (weight[:, task.answers] - weight[:, task.wrong]).T  # [batch d_model]
+    steps = program(model)
+    direction = steps.directions(task.answers)[0] - steps.directions(task.wrong)[0]  # [batch d_model]
 
     def score(streams: Tensor) -> Tensor:
-        return (model.bridge.ln_final(streams) * direction).sum(-1, dtype=torch.float32)
+        return (steps.final_norm(streams) * direction).sum(-1, dtype=torch.float32)
 
     unchanged = score(final[None])[0]
     rows = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
-        written = torch.einsum("bhe,hed->hbd", new - old, model.bridge.blocks[layer].attn.W_O)
+        written = torch.einsum("bhe,hed->hbd", new - old, steps.w_o(layer))
         grown = (score(final + written) - unchanged) / (clean - corrupt).mean()
         rows += [
             {"prompt": prompt, "layer": layer, "head": head, "value": float(value)}

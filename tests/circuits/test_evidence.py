@@ -8,6 +8,7 @@ import torch
 
 from interp.circuits import evidence
 from interp.models import planted, run, toy
+from interp.models.program import NoProgramError
 from interp.tasks.induction import induction
 from interp.tasks.task import Task
 
@@ -150,6 +151,12 @@ def test_planted_movers_copy_and_the_negative_head_does_the_reverse():
     assert rates["copy"].to_dict() == {(0, 3): 0, (2, 0): 0, (2, 1): 1, (2, 2): 1, (2, 3): 0}
     # A head that writes nothing, or what nothing reads, leaves all logits equal, and a tie counts against it.
     assert rates["anti-copy"].to_dict() == {(0, 3): 0, (2, 0): 0, (2, 1): 0, (2, 2): 0, (2, 3): 1}
+
+
+def test_a_norm_after_attention_leaves_no_head_a_part_of_its_own():
+    model = toy.random("gemma2")
+    with pytest.raises(NoProgramError, match="normalises attention's output: no head writes a part of its own"):
+        evidence.copying(model, doc(model), [(1, 0)], names=["end"])
 
 
 def test_bad_input_is_told_what_to_do():

@@ -15,6 +15,7 @@ from interp.circuits.head_set import HeadSet
 from interp.core.result import Result
 from interp.models import Model, planted, run, toy
 from interp.models._planted_build import BOS, END, FILLER, WORDS, blank, copier, finish, head
+from interp.models.program import NoProgramError
 from interp.tasks.task import Task
 
 
@@ -303,6 +304,8 @@ def test_bad_input_is_told_what_to_do():
         roles.ioi_roles(case.model, replace(task, wrong=None))
     with pytest.raises(ValueError, match="no corrupted prompts"):
         roles.ioi_roles(case.model, replace(task, corrupt=None))
+    with pytest.raises(NoProgramError, match="no head writes a part of its own"):
+        roles.ioi_roles(toy.random("gemma2"), task)
     backwards = replace(task, clean=task.corrupt, corrupt=task.clean)
     with pytest.raises(ValueError, match="on 0% of 24 prompts"):
         roles.ioi_roles(case.model, backwards, random_length=3)
