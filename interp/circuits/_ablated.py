@@ -79,7 +79,7 @@ class Ablated:
 
         def value(site: str, layer: int) -> Tensor:
             mean = self.source.means.get((site, layer), like.new_zeros(shapes[site])).to(like.dtype)
-            return mean.expand(n, n_pos, *shapes[site])
+            return mean.expand(n, n_pos, *shapes[site]).contiguous()
 
         return Written(
             value("resid_pre", 0),

@@ -181,7 +181,7 @@ class EdgeRun:
             into[layer] = _added(into[layer], some, wrote)
 
     def _attention(self, layer: int, sums: Tensor) -> Tensor:
-        """What heads hold, `[cell token head d_head]`, of what queries, keys and values read `[cell input token ...]`."""
+        """What heads hold, `[cell token head d_head]`, of what q, k and v read `[cell input token ...]`."""
         steps, modules = self.steps, self.steps.layers[layer]
         normed = modules.ln1(sums[:, :-1].to(steps.model.dtype))
         n, groups = steps.n_heads, steps.n_key_value_heads
