@@ -140,7 +140,7 @@ def colour_bar(ax: Axes, mappable: ScalarMappable, label: str, *, below: tuple[f
 
 
 #: Columns that hold tokens; text in any other is the library's own words, whose spaces need no showing.
-TOKEN_COLUMNS = ("token", "target", "src", "dst")
+TOKEN_COLUMNS = ("token", "src", "dst")
 
 
 def tick_text(value: Any, column: str = "token") -> str:

@@ -42,6 +42,7 @@ def heatmap(
     rows: str = "layer",
     columns: str = "head",
     value: str = "value",
+    unit: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """A matrix of colours, cells averaged over everything but the rows and columns.
@@ -51,6 +52,7 @@ def heatmap(
         rows: column that becomes the rows, first value on top.
         columns: column that becomes the columns.
         value: column that is coloured.
+        unit: what the colour bar says; None for the unit of a Result's `value`, and the name of any other column.
         ax: axes to draw on; None for a new figure.
 
     Returns:
@@ -72,7 +74,7 @@ def heatmap(
     drawing.label_cells(ax, "y", list(grid.index), column=row_name)
     drawing.frame(ax)
     drawing.name_axes(ax, drawing.column_label(column_name, data), drawing.column_label(row_name, data))
-    drawing.colour_bar(ax, image, drawing.column_label(value, data))
+    drawing.colour_bar(ax, image, unit or drawing.column_label(value, data))
     return ax
 
 

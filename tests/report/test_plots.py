@@ -97,7 +97,8 @@ def test_heatmap_cells_are_the_grid_and_the_bar_has_the_unit():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("head", "layer")
     assert ax.images[0].colorbar.ax.get_ylabel() == "logits"
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1", "2", "3", "4", "5"]
-    tidy, matrix = plots.heatmap(r.table), plots.heatmap(r.grid("layer", "head"))
+    tidy, matrix = plots.heatmap(r.table, unit="nats"), plots.heatmap(r.grid("layer", "head"))
+    assert [other.images[0].colorbar.ax.get_ylabel() for other in (tidy, matrix)] == ["nats", "value"]
     for other in (tidy, matrix):
         np.testing.assert_array_equal(other.images[0].get_array(), ax.images[0].get_array())
 
@@ -112,6 +113,14 @@ def test_heatmap_rows_of_text_keep_the_tables_order():
     ax = plots.heatmap(Result("m", table, "nats"), rows="token", columns="layer")
     assert [t.get_text() for t in ax.get_yticklabels()] == ["·z", "·a", "·m"]
     np.testing.assert_array_equal(ax.images[0].get_array(), [[0, 3], [1, 4], [2, 5]])
+
+
+def test_only_columns_of_tokens_show_their_spaces():
+    table = pd.DataFrame({"target": ["end <- subject2", "random 0"], "value": [1.0, 2.0]})
+    ax = plots.bars(Result("m", table, "nats"), x="target")
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["end <- subject2", "random 0"]
+    ax = plots.lines(Result("m", pd.concat([table.assign(layer=i) for i in (0, 1)]), "nats"), group="target")
+    assert [t.get_text() for t in ax.texts] == ["end <- subject2", "random 0"]
 
 
 def test_numbers_are_in_ascending_order_whatever_the_tables():
