@@ -1,9 +1,9 @@
 """How few dimensions does a head need? Its queries, keys and values at the labels, cut down to a subspace.
 
-The compression of *Does Circuit Analysis Interpretability Scale?* (arXiv 2307.09458, section 2.4 of our notes): a
-head's queries at the position that answers, and its keys and values at the labels, keep the directions in which they
-differ between right options, or between the labels of a prompt; all else is replaced by its mean. Fitted on the letters
-A to D and tried on other labels, it says what these directions code.
+The compression of *Does Circuit Analysis Interpretability Scale?* (arXiv 2307.09458): a head's queries at the position
+that answers, and its keys and values at the labels, keep the directions in which they differ between right options, or
+between the labels of a prompt; all else is replaced by its mean. Fitted on the letters A to D and tried on other
+labels, it says what these directions code.
 """
 
 from __future__ import annotations
