@@ -1,6 +1,20 @@
 """Which subgraph does it? Circuits: the heads of a role, what two tasks share, how answers are written."""
 
-from interp.circuits import evidence, head_classes, low_rank, output_nodes, overlap, repair, roles, stages
+from interp.circuits import (
+    evidence,
+    flow_kinds,
+    flow_routes,
+    head_classes,
+    low_rank,
+    output_nodes,
+    overlap,
+    repair,
+    roles,
+    stages,
+)  # fmt: skip
 from interp.circuits.head_set import HeadSet
 
-__all__ = ["HeadSet", "evidence", "head_classes", "low_rank", "output_nodes", "overlap", "repair", "roles", "stages"]
+__all__ = [
+    "HeadSet", "evidence", "flow_kinds", "flow_routes", "head_classes", "low_rank", "output_nodes", "overlap", "repair",
+    "roles", "stages",
+]  # fmt: skip
