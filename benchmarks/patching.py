@@ -76,6 +76,19 @@ def cone_flops(model: interp.Model, cells: Sequence[tuple[int, int]], n_pos: int
     return 2.0 * total
 
 
+def _layer_flops(model: interp.Model) -> tuple[float, float]:
+    """FLOPs of a layer's linear maps for one token, and of its MLP alone."""
+    attention = 2 * model.d_model * model.d_head * (model.n_heads + model.n_key_value_heads)
+    mlp = (3 if model.gated_mlp else 2) * model.d_model * model.d_mlp
+    return 2.0 * (attention + mlp), 2.0 * mlp
+
+
+def _floor(flops: float, times: dict[str, dict[str, list[float]]], clock: str) -> dict[str, float]:
+    """The floor of a row in seconds, and the part of our time that it is."""
+    floor = flops / (_GEMM_FLOPS / median(times["gemm"][clock]))
+    return {"floor_s": round(floor, 3), "fraction_of_floor": round(floor / median(times["ours"][clock]), 3)}
+
+
 def _gemm() -> Callable[[], Any]:
     """1024 tokens through a matrix as large as an MLP's of the default model, 20 times."""
     one, other = torch.randn(1024, 576), torch.randn(576, 1536)
@@ -146,12 +159,11 @@ class _Sweep:
         rows = []
         for clock in ("cpu", "wall"):
             ours, theirs = median(times["ours"][clock]), median(times["peer"][clock]) * scale
-            floor = flops / (_GEMM_FLOPS / median(times["gemm"][clock]))
+            floor = _floor(flops, times, clock)
             rows.append({
                 "case": f"{case}, {clock}", "value": round(theirs / ours, 2), "target": target, "better": "higher",
                 "unit": "times faster", "ours": ours, "peer": round(theirs, 2), "peer_name": self.theirs_name,
-                "parity": parity, "floor_s": round(floor, 3), "fraction_of_floor": round(floor / ours, 3),
-                "floor_ratio": round(theirs / floor, 2), "cells": len(self.cells), "peer_cells_timed": len(self.sample),
+                "parity": parity, **floor, "floor_ratio": round(theirs / floor["floor_s"], 2), "cells": len(self.cells), "peer_cells_timed": len(self.sample),
                 "repeats": repeats,
             })  # fmt: skip
         return rows
@@ -204,15 +216,20 @@ def _path(model: interp.Model, n: int, target: float, repeats: int) -> list[dict
     both = ours().merge(plain(), on=keys)
     assert len(both) == len(some) * n, "not every sampled sender was found in both"
     parity = float((both["value_metric_x"] - both["value_metric_y"]).abs().max())
-    times = interleave({"ours": ours, "peer": plain}, repeats=repeats)
+    times = interleave({"ours": ours, "peer": plain, "gemm": _gemm()}, repeats=repeats)
     scale = model.n_layers * model.n_heads / len(some)
+    # Both prompts' runs, and for each sender the MLPs from its layer on at the one position.
+    layer_flops, mlp_flops = _layer_flops(model)
+    mlps = model.n_heads * model.n_layers * (model.n_layers + 1) / 2
+    flops = n * (2 * task.clean.shape[1] * model.n_layers * layer_flops + mlps * mlp_flops)
     return [
         {
             "case": f"path patching to the logits, 270 senders, {n} pairs, {clock}",
             "value": round(median(times["peer"][clock]) * scale / median(times["ours"][clock]), 2), "target": target,
             "better": "higher", "unit": "times faster", "ours": median(times["ours"][clock]),
             "peer": round(median(times["peer"][clock]) * scale, 2), "peer_name": "two hooked forward passes a sender",
-            "parity": parity, "cells": model.n_layers * model.n_heads, "peer_cells_timed": len(some),
+            "parity": parity, **_floor(flops, times, clock), "cells": model.n_layers * model.n_heads,
+            "peer_cells_timed": len(some),
         }
         for clock in ("cpu", "wall")
     ]  # fmt: skip
@@ -228,13 +245,16 @@ def _attribution(model: interp.Model, n: int, repeats: int) -> list[dict[str, An
     def forward() -> None:
         model(task.clean)
 
-    times = interleave({"ours": ours, "forward": forward}, repeats=repeats)
+    times = interleave({"ours": ours, "forward": forward, "gemm": _gemm()}, repeats=repeats)
+    # Both prompts' runs, and the clean one's way back to its activations.
+    flops = 3 * n * task.clean.shape[1] * model.n_layers * _layer_flops(model)[0]
     return [
         {
             "case": f"attribution of all heads and MLPs, {n} pairs, {clock}",
             "value": round(median(times["ours"][clock]) / median(times["forward"][clock]), 2), "target": 4.0,
             "better": "lower", "unit": "forward passes", "ours": median(times["ours"][clock]),
             "peer": median(times["forward"][clock]), "peer_name": "one forward pass of the bridge", "parity": None,
+            **_floor(flops, times, clock),
         }
         for clock in ("cpu", "wall")
     ]  # fmt: skip
