@@ -163,7 +163,8 @@ class _Sweep:
             rows.append({
                 "case": f"{case}, {clock}", "value": round(theirs / ours, 2), "target": target, "better": "higher",
                 "unit": "times faster", "ours": ours, "peer": round(theirs, 2), "peer_name": self.theirs_name,
-                "parity": parity, **floor, "floor_ratio": round(theirs / floor["floor_s"], 2), "cells": len(self.cells), "peer_cells_timed": len(self.sample),
+                "parity": parity, **floor, "floor_ratio": round(theirs / floor["floor_s"], 2),
+                "cells": len(self.cells), "peer_cells_timed": len(self.sample),
                 "repeats": repeats,
             })  # fmt: skip
         return rows
