@@ -74,14 +74,14 @@ def kinds(
             raise ValueError(f"pairs of kind {name!r} are {tuple(given.shape)}; they are [batch q_pos k_pos], {shape}.")
     if not pairs:
         raise ValueError("no kinds of pairs were given: give some, for example pair_kinds(model, task).")
-    masks = torch.stack([given.to(task.clean.device) for given in pairs.values()], 1).float()
+    masks = torch.stack([given.to(task.clean.device) for given in pairs.values()], 1)
 
     def compute(rows: slice) -> dict[str, np.ndarray]:
         ids, mask = task.clean[rows], None if task.mask is None else task.mask[rows]
         sums = torch.zeros(3, len(ids), model.n_layers, model.n_heads, len(pairs), device=ids.device)
         with torch.no_grad():
             for layer, row, flow in flows(steps, ids, mask, norm=norm, floor=floor):
-                weight = masks[rows][row] * counted[rows][row][:, None]
+                weight = (masks[rows][row] & counted[rows][row][:, None]).float()
                 whole = (flow.attn * counted[rows][row][:, None]).sum((1, 2))[:, None]
                 by_kind = [torch.einsum("hqk,nqk->hn", shares, weight) for shares in (flow.attn, flow.pattern)]
                 sums[:, row, layer] = torch.stack([*by_kind, whole.expand(-1, len(pairs))])
