@@ -10,11 +10,14 @@ from interp.circuits import (
     overlap,
     repair,
     roles,
+    route_edges,
     stages,
 )  # fmt: skip
+from interp.circuits.circuit import Circuit
+from interp.circuits.graph import Graph
 from interp.circuits.head_set import HeadSet
 
 __all__ = [
-    "HeadSet", "evidence", "flow_kinds", "flow_routes", "head_classes", "low_rank", "output_nodes", "overlap", "repair",
-    "roles", "stages",
+    "Circuit", "Graph", "HeadSet", "evidence", "flow_kinds", "flow_routes", "head_classes", "low_rank", "output_nodes", "overlap", "repair",
+    "roles", "route_edges", "stages",
 ]  # fmt: skip
