@@ -1,5 +1,5 @@
 """What do the parameters say? What each head does, read from its weights without a prompt."""
 
-from interp.weights import composition, describe, maps, salient, structure, svd
+from interp.weights import causal, composition, describe, dynamic, maps, salient, structure, svd
 
-__all__ = ["composition", "describe", "maps", "salient", "structure", "svd"]
+__all__ = ["causal", "composition", "describe", "dynamic", "maps", "salient", "structure", "svd"]
