@@ -1,6 +1,7 @@
 """Which subgraph does it? Circuits: the heads of a role, what two tasks share, how answers are written."""
 
 from interp.circuits import (
+    eap,
     evidence,
     flow_kinds,
     flow_routes,
@@ -18,6 +19,6 @@ from interp.circuits.graph import Graph
 from interp.circuits.head_set import HeadSet
 
 __all__ = [
-    "Circuit", "Graph", "HeadSet", "evidence", "flow_kinds", "flow_routes", "head_classes", "low_rank", "output_nodes", "overlap", "repair",
+    "Circuit", "Graph", "HeadSet", "eap", "evidence", "flow_kinds", "flow_routes", "head_classes", "low_rank", "output_nodes", "overlap", "repair",
     "roles", "route_edges", "stages",
 ]  # fmt: skip
