@@ -47,13 +47,12 @@ class Circuit:
         wrong = np.argwhere(self.graph.possible & ~np.isfinite(self.scores))
         if len(wrong):
             raise ValueError(
-                f"{len(wrong)} edges have no finite score, the first {self._names(*wrong[0])}: the model's activations "
-                "or the metric overflow there. Run in float32, or on fewer prompts to find the one."
+                f"{len(wrong)} edges have no finite score, the first {self._names(*wrong[0].tolist())}: the model's "
+                "activations or the metric overflow there. Run in float32, or on fewer prompts to find the one."
             )
-        if (self.kept & ~self.graph.possible).any():
-            raise ValueError(
-                f"{self._names(*np.argwhere(self.kept & ~self.graph.possible)[0])} is kept but is no edge of the model."
-            )
+        wrong = np.argwhere(self.kept & ~self.graph.possible)
+        if len(wrong):
+            raise ValueError(f"{self._names(*wrong[0].tolist())} is kept but is no edge of the model.")
 
     @classmethod
     def of(
@@ -126,9 +125,19 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Sources with an edge that is in, on either side, in the order of computation."""
-        touched = self.kept.any(0) | self.graph.of_node[self.kept.any(1)].any(0)
+        """Sources with an edge that is in, on either side, in the order of computation.
+
+        An edge into a key or value that several heads share counts for those of them that something reads (all, if
+        nothing reads any).
+        """
+        touched = self.kept.any(0) | self.readers[self.kept.any(1)].any(0)
         return tuple(np.array(self.graph.sources)[touched].tolist())
+
+    @property
+    def readers(self) -> np.ndarray:
+        """For whom edges into an input are in: as `Graph.of_node`, of heads that share it those with an edge out."""
+        read = self.graph.of_node & self.kept.any(0)[None]
+        return np.where(read.any(1, keepdims=True), read, self.graph.of_node)
 
     def with_kept(self, kept: np.ndarray, **meta: Any) -> Circuit:
         """The same scores with other edges in.
