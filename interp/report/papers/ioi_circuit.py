@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from interp.core.edits import Edit
 from interp.core.result import Result
@@ -70,6 +72,40 @@ def _confirmed(roles: Result, role: str, *, hurting: bool = False) -> float:
 def _share_of_top(effects: np.ndarray, n: int) -> float:
     helping = np.sort(effects[effects > 0])
     return float(helping[-n:].sum() / helping.sum())
+
+
+def stage_maps(roles: Result) -> dict[str, pd.DataFrame]:
+    """What every head does in each stage of path patching.
+
+    Args:
+        roles: `roles.ioi_roles`.
+
+    Returns:
+        {title: mean effects, layers down and heads across}, in the order of the stages, the titles in short lines.
+    """
+    effects = roles.arrays["effects"][1]
+    return {
+        textwrap.fill(stage, 24): pd.DataFrame(effect).rename_axis("layer").rename_axis("head", axis=1)
+        for stage, effect in zip(roles.meta["stages"], effects, strict=True)
+    }
+
+
+def candidates(roles: Result) -> pd.DataFrame:
+    """The candidates of each role, and what confirms them.
+
+    Args:
+        roles: `roles.ioi_roles`.
+
+    Returns:
+        A row a role and head.
+    """
+    return roles.table[["component", "layer", "head", *_EVIDENCE]].round(2)
+
+
+_EVIDENCE = (
+    "value", "value_low", "value_high", "value_end_to_io", "value_end_to_s2", "value_s2_to_s1", "value_s2_to_after_s1",
+    "value_copy", "value_anti_copy", "value_confirmed",
+)  # fmt: skip
 
 
 def at_end(task: Task, heads: Sequence[Head]) -> list[Edit]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ _OTHERS = ("single letter", "constant", "uniform", "amplification")
 _STEPS = 30
 
 
-def subject(name: str, *, seed: int, fast: bool, device: str, dtype: str) -> Model:
+def subject(name: str, *, seed: int, fast: bool, device: str, dtype: str, question: str = "first") -> Model:
     """The model that the notebook analyses.
 
     Args:
@@ -35,6 +37,7 @@ def subject(name: str, *, seed: int, fast: bool, device: str, dtype: str) -> Mod
         fast: train for 30 steps only, which teaches it nothing.
         device: where to put it.
         dtype: of the weights.
+        question: where it stands in the prompts of the trained one, "first" or "last".
 
     Returns:
         The Model.
@@ -42,10 +45,12 @@ def subject(name: str, *, seed: int, fast: bool, device: str, dtype: str) -> Mod
     if name != "trained":
         return load(name, device=device, dtype=dtype)
     if not fast:
-        return trained.train_multiple_choice(seed=seed, device=device, dtype=dtype)[0]
+        return trained.train_multiple_choice(question=question, seed=seed, device=device, dtype=dtype)[0]
     sizes = config("gpt2", d_vocab=len(trained.VOCABULARY), n_ctx=32, n_layers=3, d_mlp=128)
-    module = train(sizes, trained.batch, steps=_STEPS, batch_size=16, every=_STEPS, seed=seed).module
-    return load(module, tokenizer=trained.tokenizer(), device=device, dtype=dtype)
+    draw = partial(trained.batch, question=question)
+    module = train(sizes, draw, steps=_STEPS, batch_size=16, every=_STEPS, seed=seed).module
+    model = load(module, tokenizer=trained.tokenizer(), device=device, dtype=dtype)
+    return replace(model, name=f"multiple-choice-question-{question}")  # by which its prompts are made
 
 
 def tasks(model: Model, n_prompts: int, *, seed: int) -> dict[str, Task]:
@@ -146,6 +151,49 @@ def label_readers(classes: Result) -> list[Head]:
     table = classes.table.sort_values("value_direct", ascending=False)
     size = (table["value_size"] >= head_classes.MATERIAL) & (table["value_labels"] >= head_classes.READS)
     return _pairs(table[size])
+
+
+def strongest(classes: Result) -> pd.DataFrame:
+    """The heads with the largest total effects, and what their classes rest on.
+
+    Args:
+        classes: of `head_classes.classify`.
+
+    Returns:
+        A row a head, twelve at most.
+    """
+    table = classes.table.sort_values("value_total", key=abs, ascending=False)
+    return table.head(12)[["component", "layer", "head", *_MEASURES]].round(2)
+
+
+_MEASURES = (
+    "value_direct", "value_total", "value_labels", "value_right_label", "value_copy", "value_constant", "value_late",
+    "value_contents", "value_right_content",
+)  # fmt: skip
+
+
+def without_queries(model: Model, n_prompts: int, *, seed: int) -> pd.DataFrame:
+    """Whether the queries at the end carry anything: right answers with all heads' queries there set to their mean.
+
+    Args:
+        model: of `subject`.
+        n_prompts: of each kind.
+        seed: of their draws.
+
+    Returns:
+        Shares of prompts, a row a kind of prompt: of the model "as it is", with the mean "in all layers", and "after
+        layer 0", whose queries depend on the last token alone. Cost: six forward passes over the prompts.
+    """
+    prompts = tasks(model, n_prompts, seed=seed)
+    fit = prompts.pop("fit")
+    columns = {}
+    for name, first in (("in all layers", 0), ("after layer 0", 1)):
+        heads = [(layer, head) for layer in range(first, model.n_layers) for head in range(model.n_heads)]
+        found = low_rank.compress(model, fit, prompts, heads, parts=["q"], ranks=[0])
+        for column, component in (("as it is", "unchanged"), (name, "q")):
+            of = found.filter(component=component).table
+            columns[column] = of.groupby("target", sort=False)["value_right"].mean()
+    return pd.DataFrame(columns).rename_axis("prompts")
 
 
 def gathering(model: Model, task: Task, classes: Result, heads: Sequence[Head]) -> pd.DataFrame:
