@@ -240,6 +240,12 @@ def test_link_resamples_prompts_and_orders():
     few = link(curves_of(own, random[:, :1].repeat(40, 1), base)).table.set_index("metric")
     spread = few.loc["without random heads", "value_high"] - few.loc["without random heads", "value_low"]
     assert spread > 0.3  # orders that differ in all prompts
+    single = link(curves_of(own, random[1:2], base)).table.set_index("metric")
+    spread = single.loc["without random heads", "value_high"] - single.loc["without random heads", "value_low"]
+    assert 0.25 < spread < 0.37  # 40 prompts of which half are right: 2 x 1.96 x 0.5 / sqrt(40) = 0.31
+    equal = link(curves_of(own, own[None], base)).table.set_index("metric")
+    # The same prompts are drawn for both.
+    np.testing.assert_allclose(equal.loc["difference", ["value_low", "value_high"]].astype(float), 0.0, atol=1e-12)
 
 
 def test_link_without_random_orders_or_of_another_method(planted):
