@@ -6,14 +6,9 @@ it, so that one analysis runs on both.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import string
-import tempfile
 from collections.abc import Collection
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +17,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.core.places import cache_folder
 from interp.core.result import Result
-from interp.dynamics.train import IGNORED, Batch, build, config, train
-from interp.models import sources
-from interp.models.load import load
+from interp.dynamics._kept import trained_once
+from interp.dynamics.train import IGNORED, Batch, Trained, build, config, train
 from interp.models.model import Model, Weights
 from interp.tasks.task import Task
 
@@ -96,45 +89,18 @@ def train_multiple_choice(
         "options": N_OPTIONS, "held_out_in": _HELD_OUT_IN, "sizes": _SIZES, "position_scale": _POSITION_SCALE,
         "training": _TRAINING,
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    root = cache_folder() / "trained" / digest if folder is None else Path(folder)
-    place = root / f"multiple-choice-question-{question}"
-    if not (place / "config.json").is_file():
-        _train_into(place, digest, question, seed)
-    history = Result.load(root / "history")
-    if history.meta["recipe"] != digest:
-        raise ValueError(
-            f"{root} holds a model of another recipe (seed {history.meta['seed']}; asked for: {seed}): give another "
-            "folder, or delete it to train anew."
-        )
-    return load(place, weights=weights, device=device, dtype=dtype), history
 
-
-def _train_into(place: Path, digest: str, question: str, seed: int) -> None:
-    """Train, and leave the model in `place`: all or nothing, and resumed where an earlier call was stopped."""
-    root = place.parent
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))  # before training: is there a place for it?
-    except OSError as error:
-        raise OSError(
-            f"{root} cannot be written ({error}): give folder=, or set INTERP_CACHE to a folder with free space."
-        ) from error
-    try:
+    def train_in(root: Path) -> Trained:
         start: Any = build(config("gpt2", d_vocab=len(VOCABULARY), **_SIZES), seed=seed)
         with torch.no_grad():
             start.transformer.wpe.weight.mul_(_POSITION_SCALE)
-        held_out = _held_out(seed, question)
         draw = partial(batch, question=question)
-        trained = train(start, draw, held_out=held_out, seed=seed, folder=root, **_TRAINING)
-        history = replace(trained.history, meta={**trained.history.meta, "recipe": digest})
-        sources.save_folder(trained.module, tokenizer(), work / "model")
-        history.save(root / "history")
-        if not place.is_dir():  # another process may have been faster, with the same weights
-            os.replace(work / "model", place)
-        (root / "checkpoint.safetensors").unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        return train(start, draw, held_out=_held_out(seed, question), seed=seed, folder=root, **_TRAINING)
+
+    return trained_once(
+        f"multiple-choice-question-{question}", recipe, train_in, tokenizer,
+        weights=weights, device=device, dtype=dtype, folder=folder,
+    )  # fmt: skip
 
 
 def tokenizer() -> Any:
