@@ -209,8 +209,7 @@ class EdgeRun:
 
     def _score(self, weights: Tensor, changes: Sequence[Change]) -> Tensor:
         """The metric `[cell batch]`, of the edges into the logits `[cell src]`, at the positions that are read."""
-        n_prompts, n_pos = self.shape
-        at = torch.arange(n_prompts, device=self.embed.device) * n_pos + self.read.where.to(self.embed.device)
+        at = self.at
         stream = self.inputs[-1][0][at].to(_wide(self.embed.dtype)).expand(len(weights), -1, -1)
         stream = stream + weights[:, :1, None] * self.embed[at]
         width = self.graph.n_heads + 1
@@ -219,8 +218,25 @@ class EdgeRun:
             z = change.z[:, at] * some[:, None, :-1, None]
             stream = stream + torch.einsum("cbhd,hdm->cbm", z.to(self.steps.w_o(layer).dtype), self.steps.w_o(layer))
             stream = stream + some[:, -1, None, None] * change.mlp[:, at]
+        return self.metric_of(stream)
+
+    @property
+    def at(self) -> Tensor:
+        """The token of each prompt that the metric reads, `[batch]`."""
+        n_prompts, n_pos = self.shape
+        return torch.arange(n_prompts, device=self.embed.device) * n_pos + self.read.where.to(self.embed.device)
+
+    def metric_of(self, stream: Float[Tensor, "cell batch d_model"]) -> Float[Tensor, "cell batch"]:
+        """The metric of what the logits read.
+
+        Args:
+            stream: at the positions that are read.
+
+        Returns:
+            One number a cell and prompt.
+        """
         stream = stream.to(self.steps.model.dtype)
-        cells = len(weights)
+        cells, n_prompts = stream.shape[:2]
         owner = torch.arange(n_prompts, device=stream.device).expand(cells, -1).reshape(-1)
         if self.read.tokens is not None:
             logits = self.steps.logits_of(stream, self.read.tokens.to(stream.device)).flatten(0, 1)

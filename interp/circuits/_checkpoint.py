@@ -1,0 +1,41 @@
+"""How does a search go on whose every step needs the one before? From the last state that was written down."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from interp.core.batching import _read, _store
+from interp.core.places import cache_folder
+
+
+class Checkpoint:
+    """The state of one search, in one file of the cache folder.
+
+    Args:
+        identity: everything that decides the outcome, JSON types; None for a search that cannot be told from another
+            (its metric is a function), which is not stored.
+    """
+
+    def __init__(self, identity: Mapping[str, Any] | None) -> None:
+        key = json.dumps(None if identity is None else dict(identity), sort_keys=True)
+        name = hashlib.sha256(key.encode()).hexdigest()
+        self._file = None if identity is None else cache_folder() / "searches" / f"{name}.npz"
+
+    def load(self) -> dict[str, np.ndarray] | None:
+        """The state that an interrupted search left, or None."""
+        return None if self._file is None else _read(self._file)
+
+    def store(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put a state in the place of the one before, whole or not at all."""
+        if self._file is not None:
+            _store(self._file, state)
+
+    def clear(self) -> None:
+        """The search is done."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

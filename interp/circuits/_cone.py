@@ -1,0 +1,257 @@
+"""What does one input change? The nodes that it reaches through edges that are in, computed again; all else is held.
+
+A pass over a circuit of few edges computes few nodes: those below one destination. What other nodes write, what still
+inputs read, and the queries, keys and values that no moving source feeds are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.circuits._edges import Change, EdgeRun, _wide
+from interp.circuits.graph import LOGITS
+
+
+class _Part(NamedTuple):
+    """Queries, keys or values of some heads of one layer.
+
+    `rows` are the inputs they are made of, each once; `own` says which of them each head reads; `moves` which of them
+    change from cell to cell; `held` is what the others give, `[1 batch pos row d_head]`.
+    """
+
+    kind: str
+    rows: np.ndarray
+    own: np.ndarray
+    moves: np.ndarray
+    held: Tensor | None
+
+
+class Cone:
+    """What lies below one destination of a circuit.
+
+    Args:
+        run: the prompts.
+        kept: which edges are in, bool `[dst src]`; edges into nodes that nothing reads are not followed.
+        wrote: what each source writes beyond the off run in this circuit, `[src token d_model]`.
+        row: number of the destination.
+
+    Attributes:
+        nodes: numbers of the sources that it reaches.
+        flops: multiplications and additions of linear maps, attention and sums so far.
+
+    Cost: memory for an input of each reached node, inputs x tokens x d_model.
+    """
+
+    def __init__(self, run: EdgeRun, kept: np.ndarray, wrote: Tensor, row: int) -> None:
+        self.run, self.kept, self.wrote, self.row, self.flops = run, kept, wrote, row, 0.0
+        graph = run.graph
+        self.is_logits = graph.destinations[row].name == LOGITS
+        alive = kept.any(0)
+        reached, moving = np.zeros(len(graph.sources), bool), np.zeros(len(kept), bool)
+        moving[row] = True
+        for number in range(row, len(kept)):
+            if moving[number] or (kept[number] & reached).any():
+                moving[number] = True
+                reached |= graph.of_node[number] & alive
+        self.nodes, self._moving = np.flatnonzero(reached), moving
+        self._heads = {
+            layer: heads
+            for layer in range(graph.destinations[row].layer, graph.n_layers)
+            if len(heads := np.flatnonzero(reached[1 + layer * self._width :][: graph.n_heads]))
+        }
+        self._mlps = {
+            layer for layer in range(graph.n_layers) if reached[1 + layer * self._width + graph.n_heads]
+        }  # fmt: skip
+        self._still = self._inputs(reached)
+        self._parts = {layer: [self._part(layer, kind) for kind in "qkv"] for layer in self._heads}
+
+    @property
+    def _width(self) -> int:
+        return self.run.graph.n_heads + 1
+
+    def own(self, kept: np.ndarray) -> Tensor:
+        """What the destination reads `[token d_model]` with some edges in, bool `[src]`; for the logits, where read."""
+        off, tokens = self._off(self.row), self.run.at if self.is_logits else slice(None)
+        some = np.flatnonzero(kept)
+        self.flops += 2.0 * len(some) * off.numel()
+        return off[tokens].to(_wide(off.dtype)) + self.wrote[some][:, tokens].sum(0)
+
+    def without(self, sources: Sequence[int] | np.ndarray) -> Tensor:
+        """What some sources bring to the destination, `[source token d_model]`."""
+        some = self.wrote[np.asarray(sources)]
+        return some[:, self.run.at] if self.is_logits else some
+
+    def metric(
+        self, inputs: Float[Tensor, "cell read d_model"]
+    ) -> tuple[Float[Tensor, "cell batch"], Float[Tensor, "cell node token d_model"]]:
+        """The metric for several inputs of the destination.
+
+        Args:
+            inputs: what it reads in each cell, at all tokens; for the logits, where they are read.
+
+        Returns:
+            The metric, and what the reached nodes write beyond the off run.
+
+        Cost: the reached nodes, once a cell.
+        """
+        run, cells = self.run, len(inputs)
+        fresh = inputs.new_empty((cells, len(self.nodes), *self.wrote.shape[1:]))
+        if self.is_logits:
+            return self._score(inputs), fresh
+        done = 0
+        for layer in sorted({*self._heads, *self._mlps}):
+            if layer in self._heads:
+                heads = self._heads[layer]
+                fresh[:, done : done + len(heads)] = self._attend(layer, heads, inputs, fresh[:, :done])
+                done += len(heads)
+            if layer in self._mlps:
+                row = run.graph.destination_index[f"m{layer}"]
+                # Where parallel, no head of this layer is read: their weights are zeros.
+                stream = self._gather(np.array([row]), inputs, fresh[:, :done])[:, 0]
+                out = run._mlp(layer, stream) - run.off.mlp[layer].flatten(0, 1)
+                model = run.steps.model
+                self.flops += (6.0 if model.gated_mlp else 4.0) * stream.numel() * model.d_mlp
+                fresh[:, done] = out.to(fresh.dtype)
+                done += 1
+        row = run.graph.destination_index[LOGITS]
+        stream = self._gather(np.array([row]), inputs, fresh[:, :, run.at])[:, 0]
+        return self._score(stream), fresh
+
+    def _score(self, stream: Tensor) -> Tensor:
+        read, model = self.run.read, self.run.steps.model
+        self.flops += 2.0 * stream.numel() * (model.d_vocab if read.tokens is None else read.tokens.shape[1])
+        return self.run.metric_of(stream)
+
+    def _off(self, row: int) -> Tensor:
+        each = self.run.graph.destinations[row]
+        return self.run.inputs[each.layer][1 if each.kind == "mlp" else 0]
+
+    def _inputs(self, reached: np.ndarray) -> dict[int, Tensor]:
+        """What every input of the reached nodes, and the logits, read of nodes that are not reached."""
+        graph, last = self.run.graph, len(self.kept) - 1
+        rows = {last}
+        for layer, heads in self._heads.items():
+            rows |= set(graph.read_by[:, layer, heads].flatten().tolist())
+        rows |= {graph.destination_index[f"m{layer}"] for layer in self._mlps}
+        rows -= {self.row}
+        found = {}
+        for row in sorted(rows):
+            some = np.flatnonzero(self.kept[row] & ~reached)
+            tokens: Tensor | slice = self.run.at if row == last else slice(None)
+            off = self._off(row)[tokens]
+            found[row] = off.to(_wide(off.dtype)) + self.wrote[some][:, tokens].sum(0)
+            self.flops += 2.0 * len(some) * off.numel()
+        return found
+
+    def _part(self, layer: int, kind: str) -> _Part:
+        rows, own = np.unique(self.run.graph.read_by["qkv".index(kind), layer, self._heads[layer]], return_inverse=True)
+        moves = self._moving[rows]
+        held = None
+        if not moves.all():
+            still = torch.stack([self._still[row] for row in rows[~moves]])[None]
+            held = self._project(layer, kind, rows[~moves], still)
+        return _Part(kind, rows, own, moves, held)
+
+    def _gather(self, rows: np.ndarray, inputs: Tensor, fresh: Tensor) -> Tensor:
+        """What moving inputs read, `[cell row token d_model]`."""
+        if self.row in rows:  # nothing else of its layer and kind moves
+            return inputs[:, None]
+        into = self.kept[np.ix_(rows, self.nodes[: fresh.shape[1]])]
+        used = into.any(0)
+        weights = torch.as_tensor(into[:, used], dtype=fresh.dtype, device=fresh.device)
+        wrote = (fresh if used.all() else fresh[:, np.flatnonzero(used)]).flatten(2)
+        self.flops += 2.0 * weights.numel() * wrote[:, 0].numel() if used.any() else 0.0
+        still = torch.stack([self._still[row] for row in rows])
+        return still + (weights @ wrote).unflatten(2, still.shape[1:])
+
+    def _project(self, layer: int, kind: str, rows: np.ndarray, inputs: Tensor) -> Tensor:
+        """Queries, rotated keys or values `[cell batch pos row d_head]` of inputs `[cell row token d_model]`."""
+        run, steps = self.run, self.run.steps
+        modules = steps.layers[layer]
+        linear = getattr(modules, kind)
+        weight = linear.weight.unflatten(0, (-1, steps.d_head))
+        places = np.array([run.graph.destinations[row].place for row in rows])
+        n_places = run.graph.n_heads if kind == "q" else run.graph.n_key_value_heads
+        block = torch.as_tensor(places * len(weight) // n_places, device=inputs.device)
+        out = torch.einsum("crtm,rdm->crtd", modules.ln1(inputs.to(steps.model.dtype)), weight[block])
+        self.flops += 2.0 * inputs.numel() * steps.d_head
+        if getattr(linear, "bias", None) is not None:
+            out = out + linear.bias.unflatten(0, (-1, steps.d_head))[block][:, None]
+        out = out.unflatten(2, run.shape).permute(0, 2, 3, 1, 4)
+        if kind == "q":
+            return steps.rotate(modules.q_norm(out), run.frame.rotary)
+        if kind == "k":
+            out = steps.rotate(modules.k_norm(out), run.frame.rotary)
+        past = run.prefix[layer]["kv".index(kind)][:, :, torch.as_tensor(places, device=inputs.device)]
+        return torch.cat([past.expand(len(out), *past.shape), out], 2)
+
+    def _attend(self, layer: int, heads: np.ndarray, inputs: Tensor, fresh: Tensor) -> Tensor:
+        """What some heads write beyond the off run, `[cell head token d_model]`."""
+        run, cells, found = self.run, len(inputs), []
+        for part in self._parts[layer]:
+            if not part.moves.any():
+                assert part.held is not None
+                whole = part.held.expand(cells, -1, -1, -1, -1)
+            else:
+                rows = part.rows[part.moves]
+                whole = self._project(layer, part.kind, rows, self._gather(rows, inputs, fresh))
+                if part.held is not None:
+                    both = whole.new_empty((*whole.shape[:3], len(part.rows), whole.shape[-1]))
+                    both[:, :, :, part.moves], both[:, :, :, ~part.moves] = whole, part.held
+                    whole = both
+            found.append(whole[:, :, :, part.own].flatten(0, 1))
+        q, k, v = found
+        steps = replace(run.steps, n_heads=len(heads), n_key_value_heads=len(heads))
+        allowed = steps.allowed(layer, run.frame).expand(cells, -1, -1, -1).flatten(0, 1)
+        z = steps.mix(steps.pattern(steps.scores(q, k, allowed)), v)
+        z = z.unflatten(0, (cells, -1)).flatten(1, 2) - run.off.z[layer].flatten(0, 1)[:, heads]
+        self.flops += 4.0 * q.numel() * k.shape[1] + 2.0 * z.numel() * steps.model.d_model
+        return torch.einsum("cthd,hdm->chtm", z, run.steps.w_o(layer)[heads]).to(inputs.dtype)
+
+
+def wrote_of(run: EdgeRun, changes: Sequence[Change], *, first: int = 0) -> Float[Tensor, "src token d_model"]:
+    """What sources write beyond the off run, one vector each.
+
+    Args:
+        run: the prompts.
+        changes: of every layer, of one cell.
+        first: layer to begin with; 0 for the input too.
+
+    Returns:
+        In the order of `Graph.sources`, in float32 at least.
+
+    Cost: memory for sources x tokens x d_model numbers.
+    """
+    wide = _wide(run.embed.dtype)
+    parts = [run.embed[None].to(wide)] if first == 0 else []
+    for layer in range(first, len(changes)):
+        w_o = run.steps.w_o(layer)
+        parts.append(torch.einsum("thd,hdm->htm", changes[layer].z[0].to(w_o.dtype), w_o).to(wide))
+        parts.append(changes[layer].mlp.to(wide))
+    return torch.cat(parts)
+
+
+def forward_flops(run: EdgeRun, n_pos: int) -> float:
+    """Multiplications and additions of one bare forward pass of the model over the whole prompts.
+
+    Args:
+        run: the prompts.
+        n_pos: tokens a prompt.
+
+    Returns:
+        Linear maps at all positions, attention, and the unembedding where the metric is read: no sums over edges.
+    """
+    model = run.steps.model
+    tokens = run.shape[0] * n_pos
+    maps = model.d_model * model.d_head * (2 * model.n_heads + 2 * model.n_key_value_heads)
+    maps += (3 if model.gated_mlp else 2) * model.d_model * model.d_mlp
+    attention = 2 * n_pos * model.n_heads * model.d_head
+    words = model.d_vocab if run.read.tokens is None else run.read.tokens.shape[1]
+    return 2.0 * (model.n_layers * tokens * (maps + attention) + run.shape[0] * model.d_model * words)

@@ -1,0 +1,272 @@
+"""ACDC: the plain sequential algorithm with whole forward passes, planted circuits, and what it is known to miss."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from interp.circuits._ablated import ablated
+from interp.circuits._cone import Cone
+from interp.circuits._edges import as_weights
+from interp.circuits.acdc import acdc, sweep
+from interp.circuits.circuit import Circuit
+from interp.circuits.graph import Graph
+from interp.core.readout import readout
+from interp.models import load, planted, toy
+from interp.models.program import forward, program
+from interp.tasks.task import Task
+
+acdc_module = importlib.import_module("interp.circuits.acdc")
+
+
+def task_of(case):
+    pairs = (case.corrupt, case.answers, case.wrong, case.positions)
+    return Task(case.name, case.prompts, case.clean, "planted", *pairs)
+
+
+def random_task(architecture, *, n=3, length=7, shared=2, seed=0):
+    model = toy.random(architecture, seed=seed)
+    tokens = toy.random_tokens(model, 2 * n, length, seed=seed)
+    clean, corrupt = tokens[:n], tokens[n:].clone()
+    corrupt[:, :shared] = clean[:, :shared]
+    ids = 2 + torch.arange(n)
+    return model, Task("pairs", tuple("abcdefgh"[:n]), clean, "random", corrupt, ids, ids + 20)
+
+
+def plain(model, task, graph, tau, *, metric="kl", ablation="corrupt", kept=None, order="reverse", absolute=False):
+    """Each edge one whole forward pass."""
+    made = ablated(model, task, graph, metric=metric, ablation=ablation).run(slice(None))
+
+    def value(kept):
+        with torch.no_grad():
+            return float(made.forward(as_weights(kept[None], task.clean))[0].double().mean())
+
+    kept = graph.possible.copy() if kept is None else kept.copy()
+    scores, current, tests = np.zeros(kept.shape), value(kept), 0
+    for row in reversed(range(len(kept))):
+        sources = np.flatnonzero(kept[row])
+        for source in sources[::-1] if order == "reverse" else sources:
+            kept[row, source] = False
+            new = value(kept)
+            tests += 1
+            damage = (new - current) * (1 if metric == "kl" else -1)
+            scores[row, source] = new - current
+            if (abs(damage) if absolute else damage) < tau:
+                current = new
+            else:
+                kept[row, source] = True
+    return kept, scores, tests
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {"tau": 0.01, "share": 0.5}),
+        ("gpt2", {"tau": 0.003, "metric": "logit_diff", "share": 0.4}),
+        ("gpt_neox", {"tau": 0.01, "order": "normal", "share": 0.3}),
+        ("gemma", {"tau": 0.001, "ablation": "zero", "metric": "logit_diff", "share": 0.5, "absolute": True}),
+        ("qwen3", {"tau": 0.01, "ablation": "mean", "absolute": True, "metric": "logit_diff", "share": 0.3}),
+        ("llama", {"tau": 0.01, "metric": "log_prob", "grouped": False, "share": 0.3, "absolute": True}),
+    ],
+)
+def test_the_same_circuit_as_the_plain_algorithm(architecture, options):
+    model, task = random_task(architecture)
+    options = dict(options)
+    share, tau, grouped = options.pop("share"), options.pop("tau"), options.pop("grouped", True)
+    graph = Graph.of(model, grouped=grouped)
+    first = (np.random.default_rng(0).random(graph.possible.shape) < share) & graph.possible
+    begun = Circuit.of(graph, first, kept=first, unit="none")
+    found = acdc(model, task, tau=tau, start=begun, grouped=grouped, **options)
+    kept, scores, tests = plain(model, task, graph, tau, kept=first, **options)
+    assert (found.kept == kept).all()
+    assert 5 < len(found) < first.sum() - 5
+    # Both sum a few hundred float32 products in different orders.
+    assert np.allclose(found.scores[found.kept], scores[kept], atol=2e-4)
+    assert found.meta["n_tests"] <= tests == first.sum()
+
+
+RECOVERED = {
+    "ioi_like": planted.ioi_like, "induction_like": planted.induction_like, "and_gate": planted.and_gate,
+    "greater_than_like": planted.greater_than_like, "saturation": planted.saturation,
+    "saturated softmax": lambda: planted.induction_like(sharpness=60.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_planted_edges_are_found(name):
+    case = RECOVERED[name]()
+    found = acdc(case.model, task_of(case), tau=0.01, metric="logit_diff", absolute=True)
+    assert edges_of(found) == set(case.edges)
+
+
+def test_a_prediction_that_is_sure_enough_hides_what_only_adds_to_it():
+    case = planted.ioi_like()
+    found = edges_of(acdc(case.model, task_of(case), tau=0.01, metric="kl"))
+    # The first mover alone is certain of the answer: without the second and the negative head, KL hardly moves.
+    helpers = {("a1.h0", f"a2.h{h}<q>") for h in (2, 3)} | {(f"a2.h{h}", "logits") for h in (2, 3)}
+    assert found == set(case.edges) - helpers
+
+
+def edges_of(circuit):
+    return {(row.src, row.dst) for row in circuit.edges.itertuples()}
+
+
+def test_one_of_two_that_suffice_is_kept_and_the_order_says_which():
+    case = planted.or_gate()
+    sides = {"first": {("input", "a0.h1<v>"), ("a0.h1", "m1")}, "second": {("input", "a1.h2<v>"), ("a1.h2", "m1")}}
+    common = {("m1", "logits")}
+    last = acdc(case.model, task_of(case), tau=0.01, order="reverse")
+    first = acdc(case.model, task_of(case), tau=0.01, order="normal")
+    # Tested first, cut first: "reverse" tests the later head first.
+    assert edges_of(last) == common | sides["first"]
+    assert edges_of(first) == common | sides["second"]
+
+
+def test_a_backup_takes_the_place_of_the_head_it_stands_in_for():
+    case = planted.backup_head()
+    found = acdc(case.model, task_of(case), tau=0.01)
+    direct = {("input", "a0.h1<v>"), ("a0.h1", "logits")}
+    backup = {("input", "a1.h2<v>"), ("a1.h2", "logits")}
+    assert edges_of(found) in (direct, backup)
+    assert edges_of(found) < set(case.edges)
+
+
+def test_a_pair_that_cancels_depends_on_the_metric():
+    case = planted.cancelling_pair()
+    task = task_of(case)
+    assert edges_of(acdc(case.model, task, tau=0.01)) == set(case.edges)  # any change of the prediction is damage
+    # Cut, the minus head raises the logit difference, which is no damage; with `absolute` it is a change.
+    signed = acdc(case.model, task, tau=0.01, metric="logit_diff")
+    assert ("a1.h2", "logits") not in edges_of(signed)
+    assert ("a1.h2", "logits") in edges_of(acdc(case.model, task, tau=0.01, metric="logit_diff", absolute=True))
+
+
+def test_shuffled_orders_repeat_and_differ():
+    case = planted.or_gate()
+    found = [edges_of(acdc(case.model, task_of(case), tau=0.01, order="shuffle", seed=seed)) for seed in range(6)]
+    assert found[0] == edges_of(acdc(case.model, task_of(case), tau=0.01, order="shuffle", seed=0))
+    assert len({frozenset(each) for each in found}) == 2
+
+
+def test_a_sweep_is_one_search_a_threshold():
+    model, task = random_task("gpt2")
+    found = sweep(model, task, taus=[1.0, 0.1, 0.01])
+    alone = acdc(model, task, tau=0.1)
+    assert (found[1].kept == alone.kept).all()
+    assert (found[1].scores == alone.scores).all()
+    assert found[1].meta == alone.meta
+    assert len(found[0]) < len(found[1]) < len(found[2])
+
+
+def test_an_interrupted_search_goes_on_to_the_same_circuit(monkeypatch, tmp_path):
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path))
+    model, task = random_task("llama")
+    want = acdc(model, task, tau=0.1)
+    assert not list(tmp_path.rglob("*.npz"))
+    calls, whole = [], acdc_module._Search._layer
+
+    def stop(self, layer, *rest):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        whole(self, layer, *rest)
+
+    monkeypatch.setattr(acdc_module._Search, "_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        acdc(model, task, tau=0.1)
+    assert len(list(tmp_path.rglob("*.npz"))) == 1
+    again = acdc(model, task, tau=0.1)
+    assert calls == [3, 2, 1, 1, 0]
+    assert (again.kept == want.kept).all()
+    assert (again.scores == want.scores).all()
+    assert again.meta == want.meta
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_the_counted_flops_are_those_that_are_done(monkeypatch):
+    model, task = random_task("llama", n=4, length=12, shared=6)
+    done = []
+    inner = Cone.metric
+
+    def counted(self, inputs):
+        before = self.flops
+        with FlopCounterMode(display=False) as counter:
+            out = inner(self, inputs)
+        done.append((self.flops - before, counter.get_total_flops()))
+        return out
+
+    monkeypatch.setattr(Cone, "metric", counted)
+    found = acdc(model, task, tau=0.02)
+    ours, real = np.array(done).sum(0)
+    assert ours == pytest.approx(real, rel=0.02)  # the counter knows nothing of attention's softmax, nor do we
+    steps = program(model)
+    with FlopCounterMode(display=False) as counter:
+        forward(steps, task.clean)
+    # A bare pass; the counter sees the unembedding at all positions, and ours only where the metric is read.
+    extra = 2.0 * len(task) * (task.clean.shape[1] - 1) * model.d_model * model.d_vocab
+    one = found.meta["plain_flops"] / found.meta["n_tests"]
+    assert one == pytest.approx(counter.get_total_flops() - extra, rel=0.02)
+    assert found.meta["plain_flops"] > 4 * found.meta["flops"]
+
+
+def test_batches_of_candidates_change_nothing(monkeypatch):
+    model, task = random_task("gpt_neox")
+    want = acdc(model, task, tau=0.02)
+    monkeypatch.setattr(acdc_module, "_MOST", 1)
+    one = acdc(model, task, tau=0.02)
+    assert (one.kept == want.kept).all()
+    assert np.allclose(one.scores, want.scores, atol=1e-5)  # float32 sums of other shapes
+    assert one.meta["n_cells"] <= want.meta["n_cells"]
+
+
+def test_padding_changes_nothing():
+    model, task = random_task("llama")
+    grow = lambda tokens: torch.cat([torch.ones(len(tokens), 3, dtype=torch.long), tokens], 1)  # noqa: E731
+    mask = grow(torch.ones_like(task.clean))
+    mask[:, :3] = 0
+    padded = replace(task, clean=grow(task.clean), corrupt=grow(task.corrupt), mask=mask)
+    one, other = acdc(model, task, tau=0.1), acdc(model, padded, tau=0.1)
+    assert (one.kept == other.kept).all()
+
+
+def test_a_readout_decides_too_and_half_precision_runs():
+    model, task = random_task("llama")
+    named, own = (acdc(model, task, tau=0.1, metric=each) for each in ("kl", readout(model, task, "kl")))
+    assert (named.kept == own.kept).all()
+    half = load(toy.random_module("llama").to(torch.bfloat16), tokenizer=toy.tokenizer())
+    assert len(acdc(half, task, tau=0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": 0.0}, "above 0"),
+        ({"tau": float("nan")}, "tau=nan"),
+        ({"tau": float("inf")}, "tau=inf"),
+        ({"tau": 0.1, "ablation": "noise"}, "ablation='noise'"),
+        ({"tau": 0.1, "metric": "accuracy"}, "metric 'accuracy'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    model, task = random_task("gpt2")
+    with pytest.raises(ValueError, match=message):
+        acdc(model, task, **options)
+
+
+def test_bad_inputs_are_refused():
+    model, task = random_task("gpt2")
+    with pytest.raises(ValueError, match="order='best'"):
+        acdc_module._require(model, [0.1], "best", "corrupt")
+    with pytest.raises(ValueError, match="no corrupted prompts"):
+        acdc(model, replace(task, corrupt=None), tau=0.1)
+    with pytest.raises(ValueError, match="at least one"):
+        sweep(model, task, taus=[])
+    other = toy.random("gpt2", seed=1)
+    mine = Circuit.of(Graph.of(other), Graph.of(other).possible * 1.0, unit="none", meta=other.provenance)
+    with pytest.raises(ValueError, match="this circuit is of"):
+        acdc(model, task, tau=0.1, start=mine)
