@@ -28,7 +28,6 @@ from interp.models.program import program
 
 #: The quickest public tool on 128 tokens of this model, as measured before this was written: CPU seconds, and MB.
 _PUBLIC_SECONDS, _PUBLIC_MB, _PUBLIC_TOKENS = 36.9, 2600, 128
-_FLOOR = 1e-5  # the published code's smallest proximity
 
 
 def _setup(length: int) -> tuple[interp.Model, Tensor]:
@@ -37,8 +36,8 @@ def _setup(length: int) -> tuple[interp.Model, Tensor]:
 
 
 @torch.no_grad()
-def _ours(model: interp.Model, tokens: Tensor, floor: float = 0.0) -> list[_flow.Flow]:
-    return [flow for _, _, flow in _flow.flows(program(model), tokens, None, norm=1, floor=floor)]
+def _ours(model: interp.Model, tokens: Tensor) -> list[_flow.Flow]:
+    return [flow for _, _, flow in _flow.flows(program(model), tokens, None, norm=1, floor=0.0)]
 
 
 @torch.no_grad()
@@ -49,15 +48,16 @@ def _forward(model: interp.Model, tokens: Tensor) -> None:
         stream = steps.layer(layer, stream, frame)["resid_post"]
 
 
-def _shares(parts: Tensor, whole: Tensor) -> Tensor:
+def _shares(parts: Tensor, whole: Tensor, exact: bool) -> Tensor:
     """The published formula: parts `[part batch pos d_model]`."""
-    apart = torch.nn.functional.pairwise_distance(parts, whole.expand(parts.shape), p=1)
-    near = (whole.norm(p=1, dim=-1) - apart).clip(min=_FLOOR)
+    eps, floor = (0.0, 0.0) if exact else (1e-6, 1e-5)
+    apart = torch.nn.functional.pairwise_distance(parts, whole.expand(parts.shape), p=1, eps=eps)
+    near = (whole.norm(p=1, dim=-1) - apart).clip(min=floor)
     return near / near.sum(0, keepdim=True)
 
 
 @torch.no_grad()
-def _plain(model: interp.Model, tokens: Tensor) -> list[tuple[Tensor, ...]]:
+def _plain(model: interp.Model, tokens: Tensor, exact: bool = False) -> list[tuple[Tensor, ...]]:
     sites = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_v", "attn.hook_pattern")
     names = [f"blocks.{layer}.{site}" for layer in range(model.n_layers) for site in sites]
     cache = interp.models.run(model, tokens, capture=names).cache
@@ -69,19 +69,19 @@ def _plain(model: interp.Model, tokens: Tensor) -> list[tuple[Tensor, ...]]:
         mixed = torch.einsum("bhqk,bkhe->bqkhe", pattern, values)
         written = torch.einsum("bqkhe,hed->bqkhd", mixed, model.bridge.blocks[layer].attn.W_O)
         parts = written.permute(2, 3, 0, 1, 4).flatten(0, 1)
-        shares = _shares(torch.cat([parts, before[None]]), middle)
+        shares = _shares(torch.cat([parts, before[None]]), middle, exact)
         heads = shares[:-1].unflatten(0, (tokens.shape[1], model.n_heads)).permute(2, 1, 3, 0)  # [batch head q k]
-        pair = _shares(torch.stack([mlp, middle]), after)
+        pair = _shares(torch.stack([mlp, middle]), after, exact)
         found.append((heads[0], shares[-1, 0], pair[0, 0], pair[1, 0]))
     return found
 
 
 def _parity(model: interp.Model, tokens: Tensor) -> float:
-    """Largest difference of a share; the plain way counts the future as parts of 1e-5, and adds 1e-6 to differences."""
-    both = zip(_ours(model, tokens, _FLOOR), _plain(model, tokens), strict=True)
+    """Largest difference of a share, with what the published code adds to differences (1e-6) and proximities at 0."""
+    both = zip(_ours(model, tokens), _plain(model, tokens, exact=True), strict=True)
     return max(
         float((mine - theirs).abs().max())
-        for ours, plain in both for mine, theirs in zip((ours.attn.tril(), *ours[1:4]), (plain[0].tril(), *plain[1:]),
+        for ours, plain in both for mine, theirs in zip((ours.attn, *ours[1:4]), plain,
                                                         strict=True)
     )  # fmt: skip
 
