@@ -19,6 +19,7 @@ from interp.circuits.graph import Graph
 from interp.circuits.head_set import HeadSet
 
 __all__ = [
-    "Circuit", "Graph", "HeadSet", "eap", "evidence", "flow_kinds", "flow_routes", "head_classes", "low_rank", "output_nodes", "overlap", "repair",
+    "Circuit", "Graph", "HeadSet", "eap", "evidence", "flow_kinds", "flow_routes", "head_classes", "low_rank",
+    "output_nodes", "overlap", "repair",
     "roles", "route_edges", "stages",
 ]  # fmt: skip

@@ -1,5 +1,5 @@
 """How did it form? Small transformers trained here, the same way each time."""
 
-from interp.dynamics import multiple_choice, train
+from interp.dynamics import multiple_choice, repeats, train
 
-__all__ = ["multiple_choice", "train"]
+__all__ = ["multiple_choice", "repeats", "train"]
