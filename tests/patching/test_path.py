@@ -14,7 +14,7 @@ from torch import Tensor
 from interp.core.edits import Edit
 from interp.core.readout import candidates, readout
 from interp.core.rerun import rerun
-from interp.models import Model, load, planted, toy
+from interp.models import Model, load, toy
 from interp.models.program import NoProgramError
 from interp.patching import _paths
 from interp.patching.path import Node, Receiver, patch
@@ -33,32 +33,6 @@ RECEIVERS = {
 }
 
 
-def drawn(model: Model, *, n: int = 3, padded: bool = True) -> Task:
-    """Random pairs that share their first three tokens, with a padded prompt, answers oriented by the model."""
-    clean = toy.random_tokens(model, n, N_POS)
-    corrupt = clean.clone()
-    corrupt[:, 3:] = toy.random_tokens(model, n, N_POS, seed=1)[:, 3:]
-    pair = toy.random_tokens(model, n, 2, seed=5)
-    mask = torch.ones_like(clean)
-    mask[0, :2] = 0
-    positions = {"early": torch.tensor([4, 5, 4] * n)[:n], "end": torch.full((n,), N_POS - 1)}
-    task = Task(
-        "drawn", tuple(f"prompt {i}" for i in range(n)), clean, "drawn", corrupt, pair[:, 0], pair[:, 1], positions,
-        mask if padded else None,
-    )  # fmt: skip
-    read = readout(model, task)
-    gap = rerun(model, clean, [[]], read, mask=task.mask) - rerun(model, corrupt, [[]], read, mask=task.mask)
-    swap = gap[0] < 0
-    answers, wrong = torch.where(swap, pair[:, 1], pair[:, 0]), torch.where(swap, pair[:, 0], pair[:, 1])
-    return dataclasses.replace(task, answers=answers, wrong=wrong)
-
-
-def as_task(case: planted.Planted) -> Task:
-    return Task(
-        case.name, case.prompts, case.clean, "planted", case.corrupt, case.answers, case.wrong, case.positions
-    )  # fmt: skip
-
-
 def means(model: Model, task: Task, **options: Any) -> dict[tuple[Any, ...], float]:
     """{(component, layer, head): mean value}, -1 where there is none."""
     table = patch(model, task, **options).table.fillna({"layer": -1, "head": -1})
@@ -66,23 +40,23 @@ def means(model: Model, task: Task, **options: Any) -> dict[tuple[Any, ...], flo
     return {tuple(key): float(value) for key, value in found.items()}
 
 
-def heads(case: planted.Planted, **options: Any) -> dict[tuple[int, int], float]:
-    return {(key[1], key[2]): value for key, value in means(case.model, as_task(case), **options).items()}
+def heads(model: Model, task: Task, **options: Any) -> dict[tuple[int, int], float]:
+    return {(key[1], key[2]): value for key, value in means(model, task, **options).items()}
 
 
 # --- the arithmetic is the algorithm -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=toy.ARCHITECTURES)
-def random_case(request: pytest.FixtureRequest) -> tuple[Model, Task]:
-    model = toy.random(request.param)
-    return model, drawn(model)
+def random_case(request: pytest.FixtureRequest, random_model, random_task) -> tuple[Model, Task]:
+    model = random_model(request.param)
+    return model, random_task(model)
 
 
 @pytest.fixture(scope="module")
-def llama() -> tuple[Model, Task]:
-    model = toy.random("llama")
-    return model, drawn(model)
+def llama(random_model, random_task) -> tuple[Model, Task]:
+    model = random_model("llama")
+    return model, random_task(model)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +100,11 @@ def test_equals_hooks_on_the_default_model(smol: Model):
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "phi"])
-def test_equals_hooks_on_architectures_with_norms_in_attention_or_one_norm(architecture: str):
-    model = toy.random(architecture)
-    task = drawn(model)
+def test_equals_hooks_on_architectures_with_norms_in_attention_or_one_norm(
+    random_model, random_task, architecture: str
+):
+    model = random_model(architecture)
+    task = random_task(model)
     senders = [Node("embed"), Node("z", 0, 1), Node("mlp_out", 0), Node("z", 1, 2)]
     for receivers, position in (("logits", "end"), (RECEIVERS["all kinds"], "early")):
         options: dict[str, Any] = {"receivers": receivers, "senders": senders, "position": position}
@@ -155,9 +131,9 @@ def _whole(task: Task) -> Any:
     return candidates(task.positions["end"], torch.arange(64).expand(len(task), -1))
 
 
-def test_a_sender_set_to_zero():
-    model = toy.random("gpt2")
-    task = drawn(model)
+def test_a_sender_set_to_zero(random_model, random_task):
+    model = random_model("gpt2")
+    task = random_task(model)
     senders = [Node("embed"), Node("z", 1, 2), Node("mlp_out", 0)]
     options: dict[str, Any] = {"receivers": [Receiver("q", 2, 0)], "senders": senders, "source": "zero"}
     fast, slow = (patch(model, task, **options, exact_path=path) for path in ("rerun", "hooks"))
@@ -170,10 +146,10 @@ def test_a_sender_set_to_zero():
     )
 
 
-def test_half_precision_stays_close():
+def test_half_precision_stays_close(random_task):
     module = toy.random_module("llama")
     full = load(module, tokenizer=toy.tokenizer(), weights="raw")
-    task = drawn(full)
+    task = random_task(full)
     exact = patch(full, task, senders="all")
     half = load(module, tokenizer=toy.tokenizer(), weights="raw", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
@@ -184,9 +160,9 @@ def test_half_precision_stays_close():
     assert np.corrcoef(rounded.table["value_metric"], exact.table["value_metric"])[0, 1] > 0.99
 
 
-def test_a_batch_is_its_prompts_one_by_one_and_padding_changes_nothing():
-    model = toy.random("mistral")
-    task = drawn(model)
+def test_a_batch_is_its_prompts_one_by_one_and_padding_changes_nothing(random_model, random_task):
+    model = random_model("mistral")
+    task = random_task(model)
     options: dict[str, Any] = {"receivers": RECEIVERS["all kinds"], "senders": "all", "position": "early"}
     whole = patch(model, task, **options).table["value_metric"].to_numpy().reshape(-1, 3)
     single = patch(model, task, **options, batch_size=1).table["value_metric"].to_numpy().reshape(-1, 3)
@@ -198,9 +174,9 @@ def test_a_batch_is_its_prompts_one_by_one_and_padding_changes_nothing():
     np.testing.assert_allclose(whole[:, 0], unpadded, atol=TOLERANCE, rtol=0)
 
 
-def test_many_senders_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch):
-    model = toy.random("gpt2")
-    task = drawn(model)
+def test_many_senders_are_cut_into_chunks(random_model, random_task, monkeypatch: pytest.MonkeyPatch):
+    model = random_model("gpt2")
+    task = random_task(model)
     whole = patch(model, task, senders="all", receivers=RECEIVERS["q"]).table
     logits = patch(model, task, senders="all").table
     monkeypatch.setattr(_paths, "_ROWS", 7)  # two senders of three prompts
@@ -210,10 +186,10 @@ def test_many_senders_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(logits["value"], patch(model, task, senders="all").table["value"], atol=1e-6, rtol=0)
 
 
-def test_a_model_without_a_program_runs_with_hooks_and_says_so():
-    model = toy.random("gemma2")  # has a program, but its heads do not add up
+def test_a_model_without_a_program_runs_with_hooks_and_says_so(random_model, random_task):
+    model = random_model("gemma2")  # has a program, but its heads do not add up
     with pytest.warns(UserWarning, match="whole forward passes, with hooks"):
-        whole = patch(model, task := drawn(model), senders="all", together=True)
+        whole = patch(model, task := random_task(model), senders="all", together=True)
     assert whole.meta["exact_path"] == "hooks"
     np.testing.assert_allclose(whole.summary()["mean"], 1.0, atol=1e-4)
     with pytest.raises(NoProgramError):
@@ -280,18 +256,18 @@ def test_receivers_that_are_not_reached_are_left_alone(llama: tuple[Model, Task]
     assert set(listed["component"]) == {"embed", "z", "mlp_out"}
 
 
-def test_a_head_reaches_the_mlp_of_its_layer_unless_they_are_parallel():
+def test_a_head_reaches_the_mlp_of_its_layer_unless_they_are_parallel(random_model, random_task):
     for architecture, reached in (("llama", {0, 1}), ("gpt_neox", {0}), ("phi", {0})):
-        model = toy.random(architecture)
-        table = patch(model, drawn(model), receivers=[Receiver("mlp", 1)], position="early").table
+        model = random_model(architecture)
+        table = patch(model, random_task(model), receivers=[Receiver("mlp", 1)], position="early").table
         assert set(table["layer"]) == reached
         assert (table.groupby("layer")["value"].agg(lambda v: v.abs().max()) > 1e-4).all()
 
 
-def test_frozen_mlps_leave_the_direct_path_only():
+def test_frozen_mlps_leave_the_direct_path_only(random_model, random_task):
     # Between a parallel layer and the next there is no MLP on the way, but there is one after the embedding.
-    model = toy.random("gpt_neox")
-    task = drawn(model)
+    model = random_model("gpt_neox")
+    task = random_task(model)
     options: dict[str, Any] = {"receivers": [Receiver("q", 1, 0), Receiver("q", 1, 2)], "senders": "all"}
     free, frozen = (patch(model, task, **options, freeze_mlps=freeze).table for freeze in (False, True))
     direct = free["component"] != "embed"
@@ -302,8 +278,8 @@ def test_frozen_mlps_leave_the_direct_path_only():
 # --- planted truth -------------------------------------------------------------------------------------------------
 
 
-def test_the_stages_of_planted_ioi_have_exactly_the_true_senders():
-    case = planted.ioi_like()
+def test_the_stages_of_planted_ioi_have_exactly_the_true_senders(planted_case):
+    case, task = planted_case("ioi_like")
     expected: list[tuple[Any, str, dict[tuple[int, int], float]]] = [
         ("logits", "end", {(2, 1): 0.8, (2, 2): 0.4, (2, 3): -0.2}),
         ([Receiver("q", layer, head) for layer, head in case.truth["mover"]], "end", {(1, 0): 1.2}),
@@ -313,41 +289,40 @@ def test_the_stages_of_planted_ioi_have_exactly_the_true_senders():
         ([Receiver("q", 1, 0)], "end", {}),
     ]
     for receivers, position, truth in expected:
-        found = heads(case, receivers=receivers, position=position)
+        found = heads(case.model, task, receivers=receivers, position=position)
         # At sharpness 6 attention is right to exp(-6) = 0.0025 at each of three stages.
         for at, value in found.items():
             assert value == pytest.approx(truth.get(at, 0.0), abs=0.02), (receivers, at)
         assert set(truth) <= set(found)
 
 
-def test_planted_induction_composes_through_keys_at_an_earlier_position():
-    case = planted.induction_like()
-    by_key = heads(case, receivers=[Receiver("k", 1, 0)], position="next")
+def test_planted_induction_composes_through_keys_at_an_earlier_position(planted_case):
+    case, task = planted_case("induction_like")
+    by_key = heads(case.model, task, receivers=[Receiver("k", 1, 0)], position="next")
     assert max(by_key, key=by_key.__getitem__) == (0, 2)
     assert by_key.pop((0, 2)) == pytest.approx(0.5, abs=0.02)
     assert max(map(abs, by_key.values())) < 1e-3
-    by_query = means(case.model, as_task(case), receivers=[Receiver("q", 1, 0)], senders="all")
+    by_query = means(case.model, task, receivers=[Receiver("q", 1, 0)], senders="all")
     assert max(by_query, key=by_query.__getitem__) == ("embed", -1, -1)
-    to_logits = heads(case)
+    to_logits = heads(case.model, task)
     assert to_logits.pop((1, 0)) == pytest.approx(1.0, abs=0.02)
     assert max(map(abs, to_logits.values())) < 1e-3
 
 
-def test_two_heads_that_cancel_are_seen_one_by_one_and_vanish_together():
-    case = planted.cancelling_pair()
-    single = heads(case)
+def test_two_heads_that_cancel_are_seen_one_by_one_and_vanish_together(planted_case):
+    case, task = planted_case("cancelling_pair")
+    single = heads(case.model, task)
     for stage, value in (("main", 1.0), ("plus", 2.0), ("minus", -2.0)):
         assert single.pop(case.truth[stage][0]) == pytest.approx(value, abs=1e-3)
     assert max(map(abs, single.values())) < 1e-5
     pair = [Node("z", *case.truth[stage][0]) for stage in ("plus", "minus")]
-    both = patch(case.model, as_task(case), senders=pair, together=True)
+    both = patch(case.model, task, senders=pair, together=True)
     assert both.summary()["mean"][0] == pytest.approx(0.0, abs=1e-4)
 
 
-@pytest.mark.parametrize(("gate", "alone"), [(planted.or_gate, 0.0), (planted.and_gate, 1.0)])
-def test_gates_are_paths_through_the_mlp(gate: Any, alone: float):
-    case = gate()
-    task = as_task(case)
+@pytest.mark.parametrize(("gate", "alone"), [("or_gate", 0.0), ("and_gate", 1.0)])
+def test_gates_are_paths_through_the_mlp(planted_case, gate: str, alone: float):
+    case, task = planted_case(gate)
     both = [Node("z", *stage[0]) for stage in case.truth.values()]
     for receivers in ("logits", [Receiver("mlp", 1)]):
         found = means(case.model, task, senders=both, receivers=receivers)
@@ -359,11 +334,11 @@ def test_gates_are_paths_through_the_mlp(gate: Any, alone: float):
         assert held.summary()["mean"][0] == pytest.approx(0.0 if receivers == "logits" else 1.0, abs=1e-3)
 
 
-def test_a_backup_head_hears_of_the_primary_by_its_query():
-    case = planted.backup_head()
-    assert heads(case)[0, 1] == pytest.approx(1.0, abs=1e-3)
+def test_a_backup_head_hears_of_the_primary_by_its_query(planted_case):
+    case, task = planted_case("backup_head")
+    assert heads(case.model, task)[0, 1] == pytest.approx(1.0, abs=1e-3)
     # The other way round: without the primary head in its query, the backup adds the answer a second time.
-    found = heads(case, receivers=[Receiver("q", 1, 2)])
+    found = heads(case.model, task, receivers=[Receiver("q", 1, 2)])
     assert found.pop((0, 1)) == pytest.approx(-1.0, abs=1e-3)
     assert max(map(abs, found.values())) < 1e-5
 
@@ -371,9 +346,9 @@ def test_a_backup_head_hears_of_the_primary_by_its_query():
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def test_the_table_is_in_units_of_the_gap():
-    model = toy.random("qwen2")
-    task = drawn(model)
+def test_the_table_is_in_units_of_the_gap(random_model, random_task):
+    model = random_model("qwen2")
+    task = random_task(model)
     read = readout(model, task)
     clean, corrupt = (
         rerun(model, tokens, [[]], read, mask=task.mask)[0] for tokens in (task.clean, task.corrupt)
@@ -393,9 +368,9 @@ def test_the_table_is_in_units_of_the_gap():
     assert result.filter(component="z", head=2).table["layer"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_several_positions_by_name_and_saved(tmp_path: Any):
-    model = toy.random("opt")
-    task = drawn(model)
+def test_several_positions_by_name_and_saved(random_model, random_task, tmp_path: Any):
+    model = random_model("opt")
+    task = random_task(model)
     receivers = [Receiver("v", 1, 0)]
     result = patch(model, task, receivers=receivers, senders="all", position=["early", "end"])
     for name in ("early", "end"):
