@@ -33,12 +33,13 @@ CONTINUES, OTHER = "continues a word", "other"
 
 
 def measured(
-    *, prose: Result, code: Result, edges: Result, heads: Mapping[str, Sequence[Head]], abc: Result, patched: Result,
+    model: Model, *, prose: Result, code: Result, edges: Result, heads: Mapping[str, Sequence[Head]], abc: Result, patched: Result,
     seconds: Mapping[str, float], swapped: Result,
 ) -> dict[str, Any]:  # fmt: skip
     """The measurement of every claim in `data/papers/flow_routes/claims.csv`.
 
     Args:
+        model: that was measured.
         prose: `flow_routes.components` of English prose, grouped by `token_classes`.
         code: the same of Python code, without groups.
         edges: `flow_kinds.kinds` of the prose with `edge_kinds`.
@@ -58,6 +59,7 @@ def measured(
     contrast = abc.filter(component="attn").table.set_index(["layer", "head"])["value"].abs()
     found = {name: set(top(result)) for name, result in (("abc", abc), ("swapped", swapped))}
     strongest = set(effect.nlargest(10).index)
+    no_gpt2 = untestable("needs GPT-2 small, which no package ships: run this notebook with model='gpt2'")
     none = untestable("no head of this model attends or merges so")
     return {
         "general": float(active["attn"].quantile(0.95) - active["attn"].median()),
@@ -73,7 +75,7 @@ def measured(
         "patching_top": len(found["abc"] & strongest),
         "patching_rank": float(spearmanr(contrast, effect.reindex(contrast.index)).statistic),
         "speed": seconds["patching"] / seconds["routes"],
-        "same_heads": untestable("needs GPT-2 small, which no package ships: run this notebook with model='gpt2'"),
+        "same_heads": len(found["abc"] & {(9, 9), (9, 6), (10, 0)}) if model.name == "gpt2" else no_gpt2,
     }
 
 
