@@ -33,8 +33,8 @@ CONTINUES, OTHER = "continues a word", "other"
 
 
 def measured(
-    model: Model, *, prose: Result, code: Result, edges: Result, heads: Mapping[str, Sequence[Head]], abc: Result, patched: Result,
-    seconds: Mapping[str, float], swapped: Result,
+    model: Model, *, prose: Result, code: Result, edges: Result, heads: Mapping[str, Sequence[Head]], abc: Result,
+    swapped: Result, patched: Result, seconds: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """The measurement of every claim in `data/papers/flow_routes/claims.csv`.
 
@@ -45,9 +45,9 @@ def measured(
         edges: `flow_kinds.kinds` of the prose with `edge_kinds`.
         heads: `head_kinds(edges)`.
         abc: `flow_routes.contrast` of IOI with other names.
+        swapped: `flow_routes.contrast` of IOI with the prompts whose names are swapped.
         patched: `activation.patch` of "z" on the same prompts.
         seconds: CPU time of "routes" and of "patching" on these.
-        swapped: `flow_routes.contrast` of IOI with the prompts whose names are swapped.
 
     Returns:
         {claim id: number, or `untestable(why)`}, for `claims.check`.
