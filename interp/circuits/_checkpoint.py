@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from interp.circuits._ablated import Ablated, _digest
 from interp.core.batching import _read, _store
 from interp.core.places import cache_folder
 
@@ -39,3 +40,18 @@ class Checkpoint:
         """The search is done."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+
+def digest_of(made: Ablated, edges: np.ndarray) -> dict[str, str]:
+    """What the names of an ablation and of some edges do not say.
+
+    Args:
+        made: the task.
+        edges: bool `[dst src]`.
+
+    Returns:
+        Fingerprints of the edges and of the values that cut ones carry.
+    """
+    means = [mean.double().cpu().numpy() for _, mean in sorted(made.source.means.items())]
+    taken = [] if made.source.tokens is None else [made.source.tokens.cpu().numpy()]
+    return {"edges_fingerprint": _digest(edges), "source_fingerprint": _digest(*taken, *means)}

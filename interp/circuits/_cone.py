@@ -124,6 +124,20 @@ class Cone:
         stream = self._gather(np.array([row]), inputs, fresh[:, :, run.at])[:, 0]
         return self._score(stream), fresh
 
+    def values(self, inputs: Float[Tensor, "cell read d_model"]) -> Float[Tensor, "cell node read width"]:
+        """What the destination's own nodes give: z of each head that reads it, or an MLP's output.
+
+        Args:
+            inputs: what it reads in each cell.
+
+        Returns:
+            One entry a node, `width` d_head or d_model.
+        """
+        to = self.run.graph.destinations[self.row]
+        if to.kind == "mlp":
+            return self.run._mlp(to.layer, inputs)[:, None]
+        return self._z(to.layer, self._heads[to.layer], inputs, inputs[:, None, :0]).transpose(1, 2)
+
     def _score(self, stream: Tensor) -> Tensor:
         read, model = self.run.read, self.run.steps.model
         self.flops += 2.0 * stream.numel() * (model.d_vocab if read.tokens is None else read.tokens.shape[1])
@@ -194,6 +208,12 @@ class Cone:
 
     def _attend(self, layer: int, heads: np.ndarray, inputs: Tensor, fresh: Tensor) -> Tensor:
         """What some heads write beyond the off run, `[cell head token d_model]`."""
+        z = self._z(layer, heads, inputs, fresh) - self.run.off.z[layer].flatten(0, 1)[:, heads]
+        self.flops += 2.0 * z.numel() * self.run.steps.model.d_model
+        return torch.einsum("cthd,hdm->chtm", z, self.run.steps.w_o(layer)[heads]).to(inputs.dtype)
+
+    def _z(self, layer: int, heads: np.ndarray, inputs: Tensor, fresh: Tensor) -> Tensor:
+        """What some heads hold, `[cell token head d_head]`."""
         run, cells, found = self.run, len(inputs), []
         for part in self._parts[layer]:
             if not part.moves.any():
@@ -211,9 +231,8 @@ class Cone:
         steps = replace(run.steps, n_heads=len(heads), n_key_value_heads=len(heads))
         allowed = steps.allowed(layer, run.frame).expand(cells, -1, -1, -1).flatten(0, 1)
         z = steps.mix(steps.pattern(steps.scores(q, k, allowed)), v)
-        z = z.unflatten(0, (cells, -1)).flatten(1, 2) - run.off.z[layer].flatten(0, 1)[:, heads]
-        self.flops += 4.0 * q.numel() * k.shape[1] + 2.0 * z.numel() * steps.model.d_model
-        return torch.einsum("cthd,hdm->chtm", z, run.steps.w_o(layer)[heads]).to(inputs.dtype)
+        self.flops += 4.0 * q.numel() * k.shape[1]
+        return z.unflatten(0, (cells, -1)).flatten(1, 2)
 
 
 def wrote_of(run: EdgeRun, changes: Sequence[Change], *, first: int = 0) -> Float[Tensor, "src token d_model"]:

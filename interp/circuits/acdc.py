@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.circuits._ablated import ABLATIONS, Ablated, _digest, ablated
-from interp.circuits._checkpoint import Checkpoint
+from interp.circuits._ablated import ABLATIONS, Ablated, ablated
+from interp.circuits._checkpoint import Checkpoint, digest_of
 from interp.circuits._cone import Cone, forward_flops, wrote_of
 from interp.circuits._edges import EdgeRun, as_weights
 from interp.circuits.circuit import Circuit
@@ -282,14 +282,8 @@ class _Search:
         return provenance(
             made.model, made.task, method="acdc", tau=tau, metric=self.run.read.name, ablation=made.source.name,
             order=self.order, absolute=self.absolute, seed=self.seed, n_start=int(self.first.sum()),
-            grouped=self.graph == Graph.of(made.model), **self._content(),
+            grouped=self.graph == Graph.of(made.model), **digest_of(made, self.first),
         )  # fmt: skip
-
-    def _content(self) -> dict[str, Any]:
-        """What the names of start and ablation do not say, so that no other search's state is taken for this one's."""
-        means = [mean.double().cpu().numpy() for _, mean in sorted(self.made.source.means.items())]
-        taken = [] if self.made.source.tokens is None else [self.made.source.tokens.cpu().numpy()]
-        return {"start": _digest(self.first), "source": _digest(*taken, *means)}
 
 
 def _require(model: Model, taus: Sequence[float], order: str, ablation: str) -> None:

@@ -1,0 +1,179 @@
+"""Exact edge patching: weighted edges one at a time, planted edges, and what a single cut cannot show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from interp.circuits import exact
+from interp.circuits._ablated import ablated
+from interp.circuits._edges import as_weights
+from interp.circuits.circuit import Circuit
+from interp.circuits.exact import patch_edges
+from interp.circuits.graph import Graph
+from interp.core.readout import readout
+from interp.models import load, planted, toy
+from interp.tasks.task import Task
+
+
+def task_of(case):
+    pairs = (case.corrupt, case.answers, case.wrong, case.positions)
+    return Task(case.name, case.prompts, case.clean, "planted", *pairs)
+
+
+def random_task(architecture, *, n=3, length=7, shared=2, weights="processed"):
+    model = toy.random(architecture, weights=weights)
+    tokens = toy.random_tokens(model, 2 * n, length)
+    clean, corrupt = tokens[:n], tokens[n:].clone()
+    corrupt[:, :shared] = clean[:, :shared]
+    ids = 2 + torch.arange(n)
+    return model, Task("pairs", tuple("abcdefgh"[:n]), clean, "random", corrupt, ids, ids + 20)
+
+
+def one_by_one(model, task, graph, *, metric="logit_diff", ablation="corrupt"):
+    """Each edge a whole forward pass with all others in."""
+    made = ablated(model, task, graph, metric=metric, ablation=ablation).run(slice(None))
+    where = np.argwhere(graph.possible)
+    kept = np.repeat(graph.possible[None], len(where) + 1, 0)
+    kept[np.arange(len(where)), where[:, 0], where[:, 1]] = False
+    with torch.no_grad():
+        parts = [made.forward(as_weights(some, task.clean))[0] for some in np.array_split(kept, 8)]
+    metrics = torch.cat(parts).double().mean(1).numpy()
+    scores = np.zeros(graph.possible.shape)
+    scores[where[:, 0], where[:, 1]] = metrics[:-1] - metrics[-1]
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"grouped": False, "metric": "kl"}),
+        ("gpt2", {"ablation": "zero", "metric": "log_prob"}),
+        ("gpt_neox", {"ablation": "position_mean"}),
+        ("gemma", {"metric": "prob"}),
+        ("qwen3", {"ablation": "resample"}),
+        ("mistral", {"ablation": "mean", "metric": "kl"}),
+    ],
+)
+def test_every_score_is_a_forward_pass_with_one_edge_out(architecture, options):
+    model, task = random_task(architecture)
+    graph = Graph.of(model, grouped=options.get("grouped", True))
+    found = patch_edges(model, task, **options)
+    want = one_by_one(model, task, graph, **{key: options[key] for key in options if key != "grouped"})
+    # Differences of two float32 metrics of about 10, whose sums run in different orders.
+    assert np.allclose(found.scores, want, atol=1e-4)
+    assert (np.abs(want) > 1e-3).sum() > 20
+    assert found.kept.sum() == graph.n_edges == found.meta["n_runs"]
+
+
+def test_some_edges_are_those_of_all():
+    model, task = random_task("llama")
+    everything = patch_edges(model, task)
+    named = [("input", "a1.g0<k>"), ("a0.h1", "m2"), ("m1", "logits")]
+    some = patch_edges(model, task, edges=named)
+    assert {(row.src, row.dst) for row in some.edges.itertuples()} == set(named)
+    assert np.allclose(some.scores[some.kept], everything.scores[some.kept], atol=1e-5)
+    assert not some.scores[~some.kept].any()
+    again = patch_edges(model, task, edges=everything.top(10))
+    assert np.allclose(again.scores[again.kept], everything.scores[again.kept], atol=1e-5)
+    assert len(again) == 10
+
+
+RECOVERED = {
+    "ioi_like": planted.ioi_like, "induction_like": planted.induction_like, "and_gate": planted.and_gate,
+    "greater_than_like": planted.greater_than_like, "saturation": planted.saturation,
+    "cancelling_pair": planted.cancelling_pair, "saturated softmax": lambda: planted.induction_like(sharpness=60.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_planted_edges_score_and_no_other_does(name):
+    case = RECOVERED[name]()
+    found = patch_edges(case.model, task_of(case))
+    truth = Circuit.from_edges(found.graph, case.edges).kept
+    size = np.abs(found.scores[found.graph.possible])
+    inside = truth[found.graph.possible]
+    assert size[inside].min() > 0.1 > 1e-3 > size[~inside].max()  # in logits; the area under the curve is 1
+
+
+def test_known_effects_of_planted_edges():
+    case = planted.ioi_like()
+    found = patch_edges(case.model, task_of(case))
+    # The inhibition head's only value carries the whole gap between the runs.
+    gap = -found.scores[found.graph.edge("a0.h1", "a1.h0<v>")]
+    shares = [-found.scores[found.graph.edge(f"a2.h{h}", "logits")] / gap for h in (1, 2, 3)]
+    assert shares == pytest.approx([0.8, 0.4, -0.2], abs=0.02)  # what a softmax of sharpness 3 leaves elsewhere
+
+
+def test_what_one_cut_cannot_show():
+    gate = planted.or_gate()
+    found = patch_edges(gate.model, task_of(gate))
+    assert all(abs(found.scores[found.graph.edge(head, "m1")]) < 1e-3 for head in ("a0.h1", "a1.h2"))
+    assert abs(found.scores[found.graph.edge("m1", "logits")]) > 1
+    case = planted.backup_head()
+    found = patch_edges(case.model, task_of(case))
+    # Without the head's value the backup head does its work.
+    assert abs(found.scores[found.graph.edge("input", "a0.h1<v>")]) < 1e-3
+
+
+def test_batches_of_prompts_and_padding_change_nothing():
+    model, task = random_task("llama", n=6)
+    whole = patch_edges(model, task).scores
+    parts = [patch_edges(model, task[rows]).scores for rows in (slice(0, 2), slice(2, 6))]
+    assert np.allclose(whole, (2 * parts[0] + 4 * parts[1]) / 6, atol=1e-5)
+    grow = lambda tokens: torch.cat([torch.ones(len(tokens), 3, dtype=torch.long), tokens], 1)  # noqa: E731
+    mask = grow(torch.ones_like(task.clean))
+    mask[:, :3] = 0
+    padded = replace(task, clean=grow(task.clean), corrupt=grow(task.corrupt), mask=mask)
+    assert np.allclose(patch_edges(model, padded).scores, whole, atol=1e-4)
+
+
+def test_an_interrupted_run_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path))
+    model, task = random_task("gpt2")
+    want = patch_edges(model, task)
+    calls, whole = [], exact._Prompts.effects
+
+    def stop(self, row, sources):
+        calls.append(row)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return whole(self, row, sources)
+
+    monkeypatch.setattr(exact._Prompts, "effects", stop)
+    with pytest.raises(KeyboardInterrupt):
+        patch_edges(model, task)
+    again = patch_edges(model, task)
+    assert calls == [*range(5), *range(4, len(want.graph.destinations))]
+    assert (again.scores == want.scores).all()
+
+
+def test_a_readout_and_half_precision():
+    model, task = random_task("llama")
+    edges = [("input", "m0"), ("m0", "a1.h0<q>")]
+    named, own = (patch_edges(model, task, edges=edges, metric=m) for m in ("kl", readout(model, task, "kl")))
+    assert np.allclose(named.scores, own.scores)
+    half = load(toy.random_module("llama").to(torch.bfloat16), tokenizer=toy.tokenizer())
+    assert patch_edges(half, task, edges=edges).scores.any()
+
+
+def test_bad_inputs_are_refused():
+    model, task = random_task("gpt2")
+    with pytest.raises(ValueError, match="no corrupted prompts"):
+        patch_edges(model, replace(task, corrupt=None))
+    with pytest.raises(ValueError, match="there is no such edge"):
+        patch_edges(model, task, edges=[("m1", "a0.h0<q>")])
+    with pytest.raises(ValueError, match="no edges"):
+        patch_edges(model, task, edges=[])
+    with pytest.raises(ValueError, match="ablation='noise'"):
+        patch_edges(model, task, ablation="noise")
+    with pytest.raises(ValueError, match="metric 'accuracy'"):
+        patch_edges(model, task, metric="accuracy")
+    other = toy.random("gpt2", seed=1)
+    mine = Circuit.of(Graph.of(other), Graph.of(other).possible * 1.0, unit="none", meta=other.provenance)
+    with pytest.raises(ValueError, match="this circuit is of"):
+        patch_edges(model, task, edges=mine)
