@@ -98,24 +98,38 @@ def frozen(steps: Program, final: Tensor) -> Frozen:
         )
     norm = cast(nn.Module, steps.final_norm)
     wide = final.to(torch.promote_types(final.dtype, torch.float32))
-    centres = isinstance(norm, nn.LayerNorm)
-    # Asked rather than read: norms differ in what their gain is relative to (Gemma's to 1). This has mean 0.
-    probe = torch.ones_like(final[:1])
-    probe[:, 1::2] = -1
-    if probe.shape[-1] % 2:
-        probe[:, -3:] = torch.tensor([1.0, 1.0, -2.0], dtype=probe.dtype, device=probe.device)
-    # Large, so that the epsilon under the root is nothing beside it.
-    probe = probe * max(1.0, 1e3 * _epsilon(norm) ** 0.5)
-    bias = norm(torch.zeros_like(probe))[0].to(wide.dtype)
-    gain = (norm(probe)[0].to(wide.dtype) - bias) * _scale(norm, probe.to(wide.dtype))[0] / probe[0]
-    found = Frozen(steps, gain, bias, centres, _scale(norm, wide))
+    found = Frozen(steps, *linear_part(norm, final), _scale(norm, wide))
     theirs = norm(final).to(wide.dtype)
-    off = (found.normed(final[:, None])[:, 0] + bias - theirs).abs().max()
+    off = (found.normed(final[:, None])[:, 0] + found.bias - theirs).abs().max()
     # The rounding of float32; bfloat16 keeps 8 bits.
     if not float(off) <= (1e-3 if final.dtype == torch.float32 else 0.05) * (1 + float(theirs.abs().max())):
         kind = type(norm).__name__
         raise NoProgramError(f"the final norm of {steps.model.name} is a {kind}, whose scale is unknown.")
     return found
+
+
+def linear_part(module: object, like: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """What a norm does beside dividing by a scale: its gain and bias `[d_model]`, and whether it takes the mean off.
+
+    Args:
+        module: a LayerNorm or RMSNorm.
+        like: streams `[n d_model]`, for their type and device.
+
+    Returns:
+        (gain, bias, centres), in float32 at least. Asked rather than read: norms differ in what their gain is relative
+        to (Gemma's to 1).
+    """
+    norm = cast(nn.Module, module)
+    probe = torch.ones_like(like[:1])  # its mean is 0 when half of it is negative
+    probe[:, 1::2] = -1
+    if probe.shape[-1] % 2:
+        probe[:, -3:] = torch.tensor([1.0, 1.0, -2.0], dtype=probe.dtype, device=probe.device)
+    # Large, so that the epsilon under the root is nothing beside it.
+    probe = probe * max(1.0, 1e3 * _epsilon(norm) ** 0.5)
+    wide = probe[0].to(torch.promote_types(probe.dtype, torch.float32))
+    bias = norm(torch.zeros_like(probe))[0].to(wide.dtype)
+    gain = (norm(probe)[0].to(wide.dtype) - bias) * _scale(norm, wide) / wide
+    return gain, bias, isinstance(norm, nn.LayerNorm)
 
 
 def _epsilon(norm: nn.Module) -> float:
@@ -190,12 +204,6 @@ def matrix(module: object) -> Tensor:
     linear = cast(Any, module)
     weight = linear.weight.detach()
     return weight if type(linear).__name__ == "Conv1D" else weight.T  # GPT-2 keeps [in out]
-
-
-def written_by_bias(steps: Program, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What the output biases of attention and MLP write, `[d_model]` each."""
-    none = like.new_zeros(steps.n_heads, steps.d_head)
-    return steps.attn_out(layer, none), steps.mlp_out(layer, like.new_zeros(steps.model.d_mlp))
 
 
 class Asked(NamedTuple):
