@@ -321,3 +321,13 @@ def test_correlation_refuses_scores_that_do_not_belong_together(scored, toys, pa
     few = dynamic_scores(toys("llama", weights="raw"), pairs(toys("llama", weights="raw"), **LISTS),
                          templates=TEMPLATES, layers=[1, 2])  # fmt: skip
     assert set(correlation(static, few).table["value_heads"]) == {8}
+
+
+def test_bfloat16_gives_nearly_the_same(toys, pairs):
+    model = toys("llama", weights="raw")
+    rough = load(toy.random_module("llama"), tokenizer=toy.tokenizer(), weights="raw", dtype="bfloat16")
+    one, other = (
+        dynamic_scores(each, pairs(each, **LISTS), templates=TEMPLATES).arrays["rank"][1] for each in (model, rough)
+    )
+    # Weights and activations of 8 bits: a rank of 64 moves by a few places.
+    assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.98
