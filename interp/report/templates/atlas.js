@@ -43,6 +43,7 @@ function paint() {
     button.title = `${name}: ${what}`;
   }
   document.getElementById("legend").hidden = by.value !== "";
+  document.getElementById("one").hidden = by.value === "";
 }
 
 function bars(title, metric, cell) {
