@@ -1,0 +1,149 @@
+"""Edge Pruning: planted circuits, the distribution of its masks, sparsity, and the same run twice."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from interp.circuits._ablated import ablated, metric_of
+from interp.circuits.edge_pruning import drawn, edge_pruning, stays
+from interp.circuits.graph import Graph
+from interp.core.readout import readout
+from interp.models import load, planted, toy
+from interp.tasks.task import Task
+
+module = importlib.import_module("interp.circuits.edge_pruning")
+
+
+def task_of(case):
+    pairs = (case.corrupt, case.answers, case.wrong, case.positions)
+    return Task(case.name, case.prompts, case.clean, "planted", *pairs)
+
+
+def random_task(architecture="llama", *, n=3, length=7):
+    model = toy.random(architecture)
+    tokens = toy.random_tokens(model, 2 * n, length)
+    clean, corrupt = tokens[:n], tokens[n:].clone()
+    corrupt[:, :2] = clean[:, :2]
+    ids = 2 + torch.arange(n)
+    return model, Task("pairs", tuple("abcdefgh"[:n]), clean, "random", corrupt, ids, ids + 20)
+
+
+def edges_of(circuit):
+    return {(row.src, row.dst) for row in circuit.edges.itertuples()}
+
+
+RECOVERED = {
+    "ioi_like": (planted.ioi_like, "logit_diff"), "induction_like": (planted.induction_like, "kl"),
+    "and_gate": (planted.and_gate, "kl"), "greater_than_like": (planted.greater_than_like, "kl"),
+    "saturation": (planted.saturation, "kl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_planted_edges_are_those_that_stay(name):
+    make, metric = RECOVERED[name]
+    case = make()
+    n_edges = Graph.of(case.model).n_edges
+    found = edge_pruning(case.model, task_of(case), sparsity=1 - len(case.edges) / n_edges, metric=metric, steps=120)
+    assert edges_of(found) == set(case.edges)
+
+
+def test_masks_have_the_distribution_they_are_said_to_have():
+    noise = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    for log_alpha in (-3.0, 0.0, 2.0):
+        masks = drawn(torch.full_like(noise, log_alpha), noise)
+        assert 0 <= masks.min() <= masks.max() <= 1
+        # The share of 200,000 draws has a standard error of 0.001.
+        assert float((masks > 0).float().mean()) == pytest.approx(float(stays(torch.tensor(log_alpha))), abs=0.005)
+    # Symmetric about log_alpha = 0: as often 0 as 1.
+    masks = drawn(torch.zeros_like(noise), noise)
+    assert float((masks == 0).float().mean()) == pytest.approx(float((masks == 1).float().mean()), abs=0.005)
+
+
+def test_the_circuit_predicts_better_than_as_many_random_edges():
+    model, task = random_task()
+    found = edge_pruning(model, task, sparsity=0.6, steps=150)
+    graph = found.graph
+    assert len(found) == round(0.4 * graph.n_edges)
+    assert found.meta["expected_sparsity"] == pytest.approx(0.6, abs=0.1)  # what the multipliers hold it to
+    rng, kept = np.random.default_rng(0), [found.kept]
+    for _ in range(8):
+        chosen = rng.choice(np.flatnonzero(graph.possible), len(found), replace=False)
+        kept.append(np.isin(np.arange(graph.possible.size), chosen).reshape(graph.possible.shape))
+    made = ablated(model, task, graph, metric="kl")
+    far = metric_of(made, np.stack(kept), identity={"method": "a test"}).mean(0)
+    assert far[0] < 0.5 * far[1:].min()
+
+
+def test_the_same_seed_gives_the_same_masks_and_global_draws_are_left_alone():
+    model, task = random_task(n=4)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, other = (edge_pruning(model, task, sparsity=0.5, steps=12, batch_size=2) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (one.scores == other.scores).all()
+    assert one.meta == other.meta
+    assert (edge_pruning(model, task, sparsity=0.5, steps=12, batch_size=2, seed=1).scores != one.scores).any()
+
+
+def test_an_interrupted_training_goes_on_to_the_same_masks(monkeypatch, tmp_path):
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_EVERY", 4)
+    model, task = random_task(n=4)
+    options = {"sparsity": 0.5, "steps": 14, "batch_size": 2}
+    want = edge_pruning(model, task, **options)
+    steps, whole = [], module._Training.move
+
+    def stop(self, target):
+        steps.append(self.step)
+        if len(steps) == 11:
+            raise KeyboardInterrupt
+        return whole(self, target)
+
+    monkeypatch.setattr(module._Training, "move", stop)
+    with pytest.raises(KeyboardInterrupt):
+        edge_pruning(model, task, **options)
+    again = edge_pruning(model, task, **options)
+    assert steps == [*range(11), *range(8, 14)]
+    assert (again.scores == want.scores).all()
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_the_model_needs_no_gradients_and_gets_none():
+    model, task = random_task()
+    edge_pruning(model, task, sparsity=0.5, steps=2)
+    assert all(parameter.grad is None for parameter in model.bridge.parameters())
+
+
+def test_other_metrics_ablations_and_half_precision_run():
+    model, task = random_task()
+    for metric in ("logit_diff", "prob", readout(model, task)):
+        found = edge_pruning(model, task, metric=metric, sparsity=0.5, steps=3, ablation="mean", grouped=False)
+        assert len(found) == round(0.5 * found.graph.n_edges)
+    half = load(toy.random_module("llama").to(torch.bfloat16), tokenizer=toy.tokenizer())
+    assert len(edge_pruning(half, task, sparsity=0.5, steps=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity=1.0"),
+        ({"sparsity": float("nan")}, "sparsity=nan"),
+        ({"steps": 0}, "steps=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"ablation": "noise"}, "ablation='noise'"),
+        ({"metric": "accuracy"}, "metric 'accuracy'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    model, task = random_task("gpt2")
+    with pytest.raises(ValueError, match=message):
+        edge_pruning(model, task, **options)
+    with pytest.raises(ValueError, match="no corrupted prompts"):
+        edge_pruning(model, replace(task, corrupt=None))
