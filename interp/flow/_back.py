@@ -107,6 +107,7 @@ class Reads(NamedTuple):
     importance: Tensor
 
 
+@torch.no_grad()
 def reads(seen: Everything, parents: Parents) -> Reads:
     """The directions in the stream that parents read.
 
@@ -140,6 +141,7 @@ def reads(seen: Everything, parents: Parents) -> Reads:
     return Reads(torch.cat(keys), pos, attn_below, mlp_below, torch.cat(weights).to(seen.pre.dtype))
 
 
+@torch.no_grad()
 def back(seen: Everything, parents: Parents) -> Step:
     """Hand the importance of neurons to what activated them.
 

@@ -99,7 +99,7 @@ def compare(first: Result, second: Result, *, groups: Mapping[str, Sequence[str]
     Returns:
         One row a component and role: component, target, `first` and `second`, the flow summed over layers and
         positions of the role, mean over prompts (nats), `ratio`, second over first, and `low` and `high`, the 95%
-        bootstrap interval of the ratio over prompts of both.
+        bootstrap interval of the ratio over prompts of both. Without any flow in `first` there is no ratio (NaN).
 
     Raises:
         ValueError: a role that one of the two has not.
@@ -121,6 +121,8 @@ def compare(first: Result, second: Result, *, groups: Mapping[str, Sequence[str]
                 sides.append(per_prompt.reindex(table["prompt"].unique(), fill_value=0.0).to_numpy())
             draws = [side[rng.integers(len(side), size=(1000, len(side)))].mean(1) for side in sides]
             means = [float(side.mean()) for side in sides]
-            low, high = np.quantile(draws[1] / draws[0], [0.025, 0.975])
-            rows.append((component, role, *means, means[1] / means[0], float(low), float(high)))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                low, high = np.quantile(draws[1] / draws[0], [0.025, 0.975])
+                ratio = float(np.float64(means[1]) / means[0])
+            rows.append((component, role, *means, ratio, float(low), float(high)))
     return pd.DataFrame(rows, columns=["component", "target", "first", "second", "ratio", "low", "high"])
