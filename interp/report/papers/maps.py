@@ -96,3 +96,82 @@ def _tracking(r: pd.Series, names: pd.Index) -> Any:
 def _rising(best: pd.Series, r: pd.Series) -> Any:
     rises = float(spearmanr(best[r.index], r).statistic) if len(r) > 2 else float("nan")
     return untestable("needs three relations of different scores") if pd.isna(rises) else rises
+
+
+def strongest(static: Result, raw: Result) -> pd.DataFrame:
+    """The highest score of a head for each relation, through the first MLP and from the embedding.
+
+    Args:
+        static: `maps.relation_scores`.
+        raw: the same with embedding="raw".
+
+    Returns:
+        A row a relation, the strongest last, as a bar chart from below shows it.
+    """
+    best = {
+        name: result.filter(metric=PROMOTES).table.groupby("target")["value"].max()
+        for name, result in (("through the first MLP", static), ("as embedded", raw))
+    }
+    return pd.DataFrame(best).rename_axis("relation").sort_values("through the first MLP")
+
+
+def correlations(agreement: Result) -> pd.DataFrame:
+    """Pearson's r of the promoting scores, all templates together, with its interval and the highest static score.
+
+    Args:
+        agreement: `dynamic.correlation`.
+
+    Returns:
+        A row a relation, those that some head implements best first.
+    """
+    rows = agreement.filter(metric=PROMOTES, component=POOLED).table
+    wide = rows.pivot(index="target", columns="src", values=["value", "value_low", "value_high"])
+    wide = wide.reorder_levels([1, 0], axis=1)[[WITHOUT, WITH]]
+    wide["", "value_max"] = rows.groupby("target")["value_max"].first()
+    return wide.sort_values(("", "value_max"), ascending=False).round(2)
+
+
+def losses(link: Result) -> pd.DataFrame:
+    """Accuracies with all heads, without a relation's, without random ones, and those of the controls.
+
+    Args:
+        link: `causal.link`.
+
+    Returns:
+        A row a relation, with how many heads were removed and the interval of the difference.
+    """
+    table = link.table
+    wide = table.pivot(index="target", columns="metric", values="value")
+    rows = table[table["metric"] == "difference"].set_index("target")
+    wide.insert(0, "heads", rows["step"])
+    return wide.assign(difference_low=rows["value_low"], difference_high=rows["value_high"]).round(2)
+
+
+def strong_heads(static: Result, n: int) -> list[tuple[int, int]]:
+    """The heads with the highest promoting scores, each once.
+
+    Args:
+        static: `maps.relation_scores`.
+        n: how many.
+
+    Returns:
+        (layer, head), the strongest first.
+    """
+    best = static.filter(metric=PROMOTES).table.groupby(["layer", "head"])["value"].max()
+    return [(int(layer), int(head)) for layer, head in best.nlargest(n).index]
+
+
+def patterns(described: Result) -> pd.DataFrame:
+    """How many heads have more mappings of a simple kind than shuffled ones do.
+
+    Args:
+        described: `describe.descriptors`.
+
+    Returns:
+        A row a descriptor: mean share of mappings, its control, and the share of heads with p <= 0.05.
+    """
+    by_kind = described.table.groupby("metric")
+    return pd.DataFrame({
+        "mean share": by_kind["value"].mean(), "by chance": by_kind["value_control"].mean(),
+        "heads with p <= 0.05": by_kind["value_p"].apply(lambda p: (p <= 0.05).mean()),
+    }).sort_values("mean share", ascending=False).round(3)  # fmt: skip
