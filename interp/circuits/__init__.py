@@ -1,12 +1,17 @@
 """Which subgraph does it? Circuits: the heads of a role, what two tasks share, how answers are written."""
 
 from interp.circuits import (
+    compare,
+    completeness,
+    describe,
     eap,
     evidence,
+    faithfulness,
     flow_kinds,
     flow_routes,
     head_classes,
     low_rank,
+    network,
     output_nodes,
     overlap,
     repair,
@@ -19,7 +24,7 @@ from interp.circuits.graph import Graph
 from interp.circuits.head_set import HeadSet
 
 __all__ = [
-    "Circuit", "Graph", "HeadSet", "eap", "evidence", "flow_kinds", "flow_routes", "head_classes", "low_rank",
-    "output_nodes", "overlap", "repair",
-    "roles", "route_edges", "stages",
+    "Circuit", "Graph", "HeadSet", "compare", "completeness", "describe", "eap", "evidence", "faithfulness",
+    "flow_kinds", "flow_routes", "head_classes", "low_rank", "network", "output_nodes", "overlap", "repair", "roles",
+    "route_edges", "stages",
 ]  # fmt: skip

@@ -15,8 +15,9 @@ import pandas as pd
 from interp.circuits.graph import INPUT, LOGITS, Graph
 from interp.models.model import Model
 
-#: Whether edges are ranked by |score| or by the score itself.
-By = Literal["absolute", "signed"]
+#: Which edges come first: those with the largest |score|, the largest scores, or the lowest. Where a score is the
+#: change of the metric when the edge is cut, those that help most have the lowest.
+By = Literal["absolute", "signed", "negative"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +157,8 @@ class Circuit:
 
         Args:
             n: how many.
-            by: "absolute", the largest |score|, or "signed", the largest scores, whatever their sign.
+            by: "absolute", the largest |score|; "signed", the largest scores; "negative", the lowest ones, which help
+                most where the score is the change of the metric when the edge is cut (eap, exact).
 
         Returns:
             A Circuit with n edges; of equal scores the earlier ones. It need not hang together: see `pruned`.
@@ -271,11 +273,27 @@ class Circuit:
             )
 
     def _ranked(self, n: int, by: By) -> np.ndarray:
-        if by not in ("absolute", "signed"):
-            raise ValueError(f'by={by!r} is not known; use "absolute" (the largest |score|) or "signed".')
         if not 0 <= n <= len(self):
             raise ValueError(f"{n} edges were asked for, and {len(self)} are in: give a number from 0 to {len(self)}.")
-        return np.abs(self.scores) if by == "absolute" else self.scores
+        return ranks(self.scores, by)
 
     def _names(self, row: int, column: int) -> str:
         return f"{self.graph.sources[column]} -> {self.graph.destinations[row].name}"
+
+
+def ranks(scores: np.ndarray, by: By) -> np.ndarray:
+    """Numbers by which edges are ranked, the largest first.
+
+    Args:
+        scores: any shape.
+        by: see `By`.
+
+    Returns:
+        The same shape.
+
+    Raises:
+        ValueError: an unknown `by`.
+    """
+    if by not in ("absolute", "signed", "negative"):
+        raise ValueError(f'by={by!r} is not known; use "absolute", "signed" (largest first) or "negative".')
+    return {"absolute": np.abs(scores), "signed": scores, "negative": -scores}[by]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from interp.circuits.circuit import By, Circuit
+from interp.circuits.circuit import By, Circuit, ranks
 from interp.circuits.graph import Graph
 from interp.core.registry import method
 from interp.core.result import Result
@@ -114,7 +114,7 @@ def recovery(circuits: Circuit | Mapping[str, Circuit], reference: Circuit, *, b
     Args:
         circuits: one, or {name: circuit}, of the reference's graph.
         reference: the known circuit; its scores do not matter.
-        by: rank by |score| or by the score itself.
+        by: rank by |score| ("absolute"), the largest ("signed") or the lowest scores ("negative") first.
 
     Returns:
         Result, unit "AUROC"; a row a circuit (`target`) for edges and one for nodes (`component`; the input is no
@@ -219,14 +219,17 @@ def correlation(first: Circuit, second: Circuit) -> Result:
 
 
 @method(name="Stability of a circuit over prompts", paper="arXiv:2606.16920", notebook="circuit_discovery")
-def stability(model: Model, task: Task, find: Callable[[Task], Circuit], *, n_boot: int = 20, seed: int = 0) -> Result:
+def stability(
+    model: Model, task: Task, find: Callable[[np.ndarray], Circuit], *, n_boot: int = 20, seed: int = 0
+) -> Result:
     """Whether the same circuit is found on resampled prompts.
 
     Args:
         model: that circuits are found on.
         task: the prompts.
-        find: makes a circuit of the wanted size from a task, for example
-            `lambda some: eap.eap(model, some).top(200)`.
+        find: makes a circuit of the wanted size from the numbers of some prompts `[n]`, some of them more than once: by
+            a run, `lambda rows: eap.eap(model, task[rows]).top(200)`, or from scores of each prompt that are there
+            already, `lambda rows: Circuit.of(graph, scores[rows].mean(0), unit="logits").top(200)`.
         n_boot: resamples of the prompts, with replacement.
         seed: of the resamples.
 
@@ -245,8 +248,8 @@ def stability(model: Model, task: Task, find: Callable[[Task], Circuit], *, n_bo
     if n_boot < 2:
         raise ValueError(f"n_boot={n_boot}: pairs of resamples are compared, so it needs 2 or more.")
     rng = np.random.default_rng(seed)
-    whole = find(task)
-    found = [find(task[rng.integers(len(task), size=len(task))]) for _ in range(n_boot)]
+    whole = find(np.arange(len(task)))
+    found = [find(rng.integers(len(task), size=len(task))) for _ in range(n_boot)]
     pairs = [("pair", *both) for both in combinations(found, 2)] + [("whole", each, whole) for each in found]
     rows = [
         {"target": target, "step": step, "value": jaccard(a, b), "value_nodes": jaccard(a, b, level="node")}
@@ -282,8 +285,7 @@ def _against(circuit: Circuit, reference: Circuit, level: str, by: By) -> tuple[
             f"the reference has {int(truth.sum())} of {len(truth)} {level}s: where none or all are true there is "
             "nothing to tell apart. Give a reference that has some and lacks some."
         )
-    scores = np.abs(circuit.scores) if by == "absolute" else circuit.scores
-    ranked = np.where(circuit.kept, scores, -np.inf)
+    ranked = np.where(circuit.kept, ranks(circuit.scores, by), -np.inf)
     if level == "edge":
         return truth, ranked[circuit.graph.possible]
     into = np.where(circuit.readers, ranked.max(1)[:, None], -np.inf).max(0)

@@ -120,7 +120,8 @@ def curve(
         circuits: one, or {name: circuit} of one graph, each with a score for every edge (all in).
         sizes: shares of all edges, growing; floor(share x edges) are taken.
         selection: "top", the best of all, or "greedy", from the logits backwards (`Circuit.greedy`).
-        by: rank by "absolute" or "signed" scores. MIB takes signed ones for CPR and |score| for CMD.
+        by: MIB takes signed scores for CPR and |score| for CMD. Where a score is the change of the metric when the edge
+            is cut (`eap`, `exact`), the edges that help most have the lowest: by="negative"; else "signed".
         prune: take out edges on no path from the input to the logits, after selection, as MIB does.
         metric: a name or a Readout.
         ablation: see `faithfulness`.

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import networkx as nx
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from interp.circuits.circuit import Circuit
+from interp.circuits.network import to_networkx
 from interp.core.result import Result
 from interp.report.text import escape_latex, visible
 
@@ -36,19 +39,22 @@ _DPI = 300
 
 
 def save(
-    thing: Axes | Figure | Result | pd.DataFrame,
+    thing: Axes | Figure | Result | pd.DataFrame | Circuit,
     path: str | os.PathLike[str],
     *,
     formats: Sequence[str] | None = None,
     digits: int = 4,
 ) -> list[Path]:
-    r"""Write a figure as PDF, SVG and PNG, or a table as CSV, LaTeX and JSON.
+    r"""Write a figure as PDF, SVG and PNG, a table as CSV, LaTeX and JSON, or a circuit as GraphML, JSON and CSV.
 
     CSV and JSON hold every digit; LaTeX is a booktabs table (`\usepackage{booktabs}`) with rounded numbers and all
     text escaped. JSON also holds method, unit and meta. A Result's arrays are kept by `Result.save`.
 
+    A circuit's GraphML and JSON (networkx's node-link form) are those of `circuits.network.to_networkx`; its CSV is the
+    table of edges. `Circuit.save` keeps the whole of it.
+
     Args:
-        thing: axes (their whole figure is saved) or a figure; a Result or a DataFrame.
+        thing: axes (their whole figure is saved) or a figure; a Result or a DataFrame; a Circuit.
         path: a file name that ends in a format, or a name without ending for all formats that fit the thing.
         formats: the formats to write instead, for example ["pdf", "png"].
         digits: significant digits of the numbers in LaTeX.
@@ -80,8 +86,15 @@ def _writers(thing: Any, digits: int) -> dict[str, Callable[[], bytes]]:
         return {form: functools.partial(_figure, thing, form) for form in _NO_METADATA}
     if isinstance(thing, (Result, pd.DataFrame)):
         return {"csv": lambda: _csv(thing), "tex": lambda: _tex(thing, digits), "json": lambda: _json(thing)}
+    if isinstance(thing, Circuit):
+        return {
+            "graphml": lambda: ("\n".join(nx.generate_graphml(to_networkx(thing))) + "\n").encode(),
+            "json": lambda: _network_json(thing),
+            "csv": lambda: _csv(thing.edges),
+        }
     raise TypeError(
-        f"save was given a {type(thing).__name__}; it needs matplotlib Axes or a Figure, a Result, or a DataFrame."
+        f"save was given a {type(thing).__name__}; it needs matplotlib Axes or a Figure, a Result, a DataFrame, or a "
+        "Circuit."
     )
 
 
@@ -93,7 +106,7 @@ def _formats(path: Path, formats: Sequence[str] | None, fit: list[str], thing: A
         stem = path.with_suffix("")
     else:
         wanted = [form.removeprefix(".").lower() for form in formats]
-        stem = path.with_suffix("") if suffix in (*_NO_METADATA, "csv", "tex", "json") else path
+        stem = path.with_suffix("") if suffix in (*_NO_METADATA, "csv", "tex", "json", "graphml") else path
     for form in wanted:
         if form not in fit:
             raise ValueError(
@@ -143,6 +156,12 @@ def _json(thing: Result | pd.DataFrame) -> bytes:
     rows = [dict(zip(columns, map(_plain, row), strict=True)) for row in frame.itertuples(index=False, name=None)]
     known = {"method": thing.method, "unit": thing.unit, "meta": dict(thing.meta)} if isinstance(thing, Result) else {}
     return (json.dumps({**known, "columns": columns, "rows": rows}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _network_json(circuit: Circuit) -> bytes:
+    data = nx.node_link_data(to_networkx(circuit), edges="edges")
+    data["graph"]["meta"] = dict(circuit.meta)
+    return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

@@ -48,10 +48,10 @@ def test_pruned_is_what_lies_on_a_path(circuit):
 
 
 @settings(deadline=None, max_examples=60)
-@given(circuits(), st.floats(0, 1), st.sampled_from(["absolute", "signed"]))
+@given(circuits(), st.floats(0, 1), st.sampled_from(["absolute", "signed", "negative"]))
 def test_top_takes_the_best_and_greedy_hangs_together(circuit, share, by):
     n = int(share * len(circuit))
-    rank = np.abs(circuit.scores) if by == "absolute" else circuit.scores
+    rank = {"absolute": np.abs(circuit.scores), "signed": circuit.scores, "negative": -circuit.scores}[by]
     top, greedy = circuit.top(n, by=by), circuit.greedy(n, by=by)
     assert len(top) == n
     left = circuit.kept & ~top.kept

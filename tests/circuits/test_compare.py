@@ -38,6 +38,9 @@ def test_recovery_by_hand():
     assert row["value_false_positives"] == pytest.approx(1 / false)
     # Pairs (true, false): the first true edge beats all, the second all but one, a missing one ties with all but one.
     assert row["value"] == pytest.approx((false + (false - 1) + 2 * 0.5 * (false - 1)) / (4 * false))
+    lowest = recovery(found, truth, by="negative").table["value"][0]
+    # The wrong edge, -2, comes first, and both true ones after it.
+    assert lowest == pytest.approx((2 * (false - 1) + 2 * 0.5 * (false - 1)) / (4 * false))
     by_sign = recovery(found, truth, by="signed").table["value"][0]
     assert by_sign == pytest.approx((2 * false + 2 * 0.5 * (false - 1)) / (4 * false))  # -2 still beats what is not in
     assert n == 46
@@ -134,15 +137,16 @@ def test_stability_of_a_finder_that_does_and_one_that_does_not_look_at_the_promp
     assert (fixed.table["value"] == 1).all() and fixed.meta["above_bar"] and fixed.meta["bar"] == BAR
     seen = []
 
-    def moody(some):
-        seen.append(some)
-        return random_circuit(int(some.clean.sum()), 9)
+    def moody(rows):
+        seen.append(task[rows])
+        return random_circuit(int(rows @ np.arange(len(rows))), 9)
 
     found = stability(case.model, task, moody, n_boot=5)
     assert found.meta["mean"] < 0.6 and not found.meta["above_bar"]
     assert (found.table["target"] == "pair").sum() == 10 and (found.table["target"] == "whole").sum() == 5
     assert len(seen) == 6 and all(len(some) == len(task) for some in seen)
     assert len({some.fingerprint for some in seen}) == 6  # each resample is another
+    assert seen[0].fingerprint == task.fingerprint
     assert found.arrays["frequency"][1].sum() == pytest.approx(9)
 
 

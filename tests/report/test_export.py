@@ -134,7 +134,7 @@ def test_an_unknown_or_unfit_format_names_those_that_fit(tmp_path):
         export.save(table(), tmp_path / "a.docx")
     with pytest.raises(ValueError, match=r"'csv'.*Axes.*pdf, svg, png"):
         export.save(draw(), tmp_path / "a.csv")
-    with pytest.raises(TypeError, match="list.*Axes or a Figure, a Result, or a DataFrame"):
+    with pytest.raises(TypeError, match="list.*Axes or a Figure, a Result, a DataFrame, or a Circuit"):
         export._writers([1], digits=4)  # `save` itself is type-checked in tests, and would not get this far
     assert list(tmp_path.iterdir()) == []
 
