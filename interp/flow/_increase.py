@@ -19,10 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from interp.core.batching import batches
 from interp.flow._direct import Frozen
 
 #: Vectors that are evaluated exactly together.
 _CHUNK = 16
+#: Logits in memory together.
+_LOGITS = 2**23
 #: Rounding of float32 in bounds and increases (nats): logits of some tens, whose exponentials are summed.
 _SLACK = 1e-4
 
@@ -43,10 +46,11 @@ class Bases(NamedTuple):
 def log_probs(head: Frozen, streams: Tensor, target: Tensor) -> Tensor:
     """The log-probability of the target `[batch]` in streams `[n batch d_model]`, `[n batch]`."""
     found = []
-    for stream in streams:  # one at a time: all logits of many streams are large
-        logits = head.logits(stream[:, None])[:, 0]
-        found.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
-    return torch.stack(found)
+    for some in batches(len(streams), max(1, _LOGITS // (streams.shape[1] * head.steps.model.d_vocab))):
+        logits = head.logits(streams[some].transpose(0, 1))
+        own = logits.gather(2, target[:, None, None].expand(-1, logits.shape[1], 1))[:, :, 0]
+        found.append((own - logits.logsumexp(2)).T)
+    return torch.cat(found)
 
 
 def bases(head: Frozen, streams: Tensor, target: int) -> Bases:
