@@ -207,6 +207,10 @@ class _Search:
         """Test the edges into one layer. What is computed before depends on `kept` alone, also after a stop."""
         graph, run = self.graph, self.run
         wrote, current = self.wrote, self.value
+        rows = np.flatnonzero(self.layers == layer)[::-1].tolist()
+        if not any(kept[row].any() and self._is_read(row, kept) for row in rows):
+            kept[rows] = False
+            return
         if layer < graph.n_layers:
             values, changes = run.forward(
                 as_weights(kept[None], self.made.task.clean), first=layer, known=self.changes[:layer]
@@ -217,14 +221,17 @@ class _Search:
             # A pass with sums over all edges costs up to twice a bare one.
             counts[2] += 2 * forward_flops(run, run.shape[1]) * (graph.n_layers - layer) / graph.n_layers
         changed = (wrote != 0).flatten(1).any(1).cpu().numpy()
-        for row in np.flatnonzero(self.layers == layer)[::-1].tolist():
-            alive = kept.any(0)
-            if graph.destinations[row].nodes and not alive[graph.of_node[row]].any():
+        for row in rows:
+            if not self._is_read(row, kept):
                 kept[row] = False
                 continue
             counts[0] += kept[row].sum()
             kept[row] &= changed
             current = self._row(row, tau, current, kept, scores, counts, wrote)
+
+    def _is_read(self, row: int, kept: np.ndarray) -> bool:
+        """Whether anything reads what depends on a destination."""
+        return row == len(kept) - 1 or bool(kept[:, self.graph.of_node[row]].any())
 
     def _row(
         self,

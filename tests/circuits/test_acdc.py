@@ -11,7 +11,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from interp.circuits._ablated import ablated
-from interp.circuits._cone import Cone
 from interp.circuits._edges import as_weights
 from interp.circuits.acdc import acdc, sweep
 from interp.circuits.circuit import Circuit
@@ -189,24 +188,20 @@ def test_an_interrupted_search_goes_on_to_the_same_circuit(monkeypatch, tmp_path
 
 
 def test_the_counted_flops_are_those_that_are_done(monkeypatch):
-    model, task = random_task("llama", n=4, length=12, shared=6)
-    done = []
-    inner = Cone.metric
+    model, task = random_task("gpt2", n=4, length=12, shared=6)
+    done, inner = [], acdc_module._Search._layer
 
-    def counted(self, inputs):
-        before = self.flops
+    def counted(self, *rest):
         with FlopCounterMode(display=False) as counter:
-            out = inner(self, inputs)
-        done.append((self.flops - before, counter.get_total_flops()))
-        return out
+            inner(self, *rest)
+        done.append(counter.get_total_flops())
 
-    monkeypatch.setattr(Cone, "metric", counted)
+    monkeypatch.setattr(acdc_module._Search, "_layer", counted)
     found = acdc(model, task, tau=0.02)
-    ours, real = np.array(done).sum(0)
-    assert ours == pytest.approx(real, rel=0.02)  # the counter knows nothing of attention's softmax, nor do we
-    steps = program(model)
+    # Plain sums are counted by us and not by the counter, and the pass before each layer is taken at its worst.
+    assert sum(done) < found.meta["flops"] < 1.15 * sum(done)
     with FlopCounterMode(display=False) as counter:
-        forward(steps, task.clean)
+        forward(program(model), task.clean)
     # A bare pass; the counter sees the unembedding at all positions, and ours only where the metric is read.
     extra = 2.0 * len(task) * (task.clean.shape[1] - 1) * model.d_model * model.d_vocab
     one = found.meta["plain_flops"] / found.meta["n_tests"]
