@@ -530,5 +530,6 @@ def test_a_prompt_whose_scores_overflow_is_named():
     def score(logits: Tensor, rows: Tensor) -> Tensor:
         return read.score(logits, rows) * torch.where(rows == 1, float("inf"), 1.0)
 
-    with pytest.raises(ValueError, match="prompt 1 .*scores are not finite"):
-        eap(model, task, metric=dataclasses.replace(read, score=score))
+    for size in (1, 3):
+        with pytest.raises(ValueError, match="prompt 1 .*scores are not finite"):
+            eap(model, task, metric=dataclasses.replace(read, score=score), batch_size=size)
