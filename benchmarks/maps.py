@@ -307,12 +307,12 @@ def _llama() -> list[dict[str, Any]]:
     return [
         _row(
             f"Llama 3.1 8B's shape in bfloat16, 200 sources: memory above the model{more}, over the plan's",
-            above / found["planned_mb"], target, "ratio", ours=f"{above:.1f} MB", peer=f"{found['planned_mb']:.1f} MB",
+            above / found["planned_mb"], 1.0, "ratio", ours=f"{above:.1f} MB", peer=f"{found['planned_mb']:.1f} MB",
             peer_name="maps.plan", cpu_s=round(found["cpu"], 1), note=note,
         )
-        for above, more, target in (
-            (found["above_mb"], " that is in use", 1.0),
-            (found["retained_mb"], ", with what the allocator keeps", 1.5),
+        for above, more in (
+            (found["above_mb"], " that is in use"),
+            (found["retained_mb"], ", with what the allocator keeps"),
         )
     ]  # fmt: skip
 
