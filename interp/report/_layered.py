@@ -87,7 +87,7 @@ def layered(circuit: Circuit) -> Layered:
     heads: dict[int, list[str]] = defaultdict(list)
     for name, data in network.nodes(data=True):
         if data["kind"] == "mlp":
-            at[name] = (_MLP, row[data["layer"]] + 0.42)  # read after the heads of the layer
+            at[name] = (_MLP, row[data["layer"]] + 0.5)  # read after the heads of the layer
         elif data["kind"] == "head":
             heads[data["layer"]].append(name)
     _spread(heads, row, at, network)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from interp.circuits._judge import judging
 from interp.circuits.circuit import Circuit
-from interp.circuits.completeness import completeness, minimality
+from interp.circuits.completeness import _without, completeness, minimality
 from interp.circuits.faithfulness import faithfulness
 from interp.circuits.graph import Graph
-from interp.models import planted
+from interp.core.edits import Edit
+from interp.core.readout import readout
+from interp.models import planted, toy
+from interp.patching.ablation import ablate
 from interp.tasks.task import Task
 
 
@@ -81,3 +85,29 @@ def test_bad_input_is_refused():
         minimality(model, task, circuit, level="head")
     with pytest.raises(ValueError, match="nothing to take out"):
         completeness(model, task, circuit.with_kept(np.zeros_like(circuit.kept)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("source", ["corrupt", "zero", "mean"])
+def test_a_node_that_is_out_is_a_node_that_is_ablated(architecture, source):
+    """By another engine, with key-value groups that a head shares with others (llama)."""
+    model = toy.random(architecture)
+    tokens, other = toy.random_tokens(model, 4, 5), toy.random_tokens(model, 4, 5, seed=1)
+    task = Task("random", tuple("abcd"), tokens, "random", other, tokens[:, 1], tokens[:, 2])
+    graph = Graph.of(model)
+    full = Circuit.of(graph, np.zeros(graph.possible.shape), unit="none", meta=model.provenance)
+    read = readout(model, task)
+    # A random model may have the metric either way round.
+    gap = ablate(model, task, {"x": []}, source="zero").table["value"].to_numpy()
+    names = {"head": ["a1.h2"], "both": ["a0.h1", "m1"]}
+    cells = {"head": [(1, 2)], "both": [(0, 1), Edit("mlp_out", 1)]}
+    run = judging(
+        model, task, graph, metric=read, ablation=source, reference=None, seed=0, what="test"
+    )  # fmt: skip
+    cut = run(np.stack([_without(full, full.kept, each) for each in names.values()]))
+    expected = ablate(model, task, cells, source=source).table
+    for cell, name in enumerate(names):
+        wanted = expected.loc[expected["target"] == name, "value"].to_numpy()
+        # float32 through three layers of another order of sums
+        np.testing.assert_allclose(cut[:, cell], wanted, atol=2e-5)
+        assert np.abs(wanted - gap).max() > 1e-3  # it makes a difference
