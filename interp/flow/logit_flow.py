@@ -17,7 +17,7 @@ from interp.core.batching import sweep
 from interp.core.registry import method
 from interp.core.result import Result
 from interp.flow._back import Everything, Parents, Step, back, everything, joined, next_parents
-from interp.flow._direct import asked, predictions
+from interp.flow._direct import asked
 from interp.flow._increase import Strongest
 from interp.flow._neurons import View, part_shape, strongest, unravel, view_of
 from interp.models.model import Model
@@ -230,15 +230,14 @@ def failures(model: Model, task: Task, *, pos: str | int | None = None, top_k: i
 
     Cost: that of `flow`, twice for each wrong prompt.
     """
-    steps = program(model)
-    question = asked(model, steps, task, pos, "answer", compare=False)
-    predicted = predictions(steps, task, question.at)
-    rows = (predicted != question.target).nonzero()[:, 0].tolist()
+    question = asked(model, program(model), task, pos, "answer", compare=False)
+    said = predicted(model, task, pos=pos)
+    rows = (said != question.target).nonzero()[:, 0].tolist()
     if not rows:
         raise ValueError(f"{model.name} gets all {len(task)} prompts of task {task.name!r} right: there is no failure.")
     wrong = task[rows]
     options = {"pos": pos, "top_k": top_k, "n_steps": n_steps}
-    to_wrong = flow(model, wrong, target=predicted[rows], **options)  # type: ignore[arg-type]
+    to_wrong = flow(model, wrong, target=said[rows], **options)  # type: ignore[arg-type]
     to_right = flow(model, wrong, target="answer", **options)  # type: ignore[arg-type]
     difference = replace(to_wrong, table=to_wrong.table.assign(value=to_wrong.table["value"] - to_right.table["value"]))
     each = {"prediction": to_wrong, "answer": to_right, "difference": difference}
@@ -249,7 +248,7 @@ def failures(model: Model, task: Task, *, pos: str | int | None = None, top_k: i
     table["prompt"] = numbers[table["prompt"]]
     arrays = {
         "prompt": (("wrong",), numbers),
-        "prediction": (("wrong",), predicted[rows].cpu().numpy()),
+        "prediction": (("wrong",), said[rows].cpu().numpy()),
         "component": (("wrong",), largest["component"].map(COMPONENTS.index).to_numpy()),
         "layer": (("wrong",), largest["layer"].to_numpy()),
         "pos": (("wrong",), largest["pos"].to_numpy()),
@@ -257,19 +256,15 @@ def failures(model: Model, task: Task, *, pos: str | int | None = None, top_k: i
     return Result("logit_flow.failures", table, "nats", arrays, provenance(model, task, **options))
 
 
-def right(model: Model, task: Task, *, pos: str | int | None = None) -> np.ndarray:
-    """Which prompts the model continues with the answer, of the whole vocabulary.
+def predicted(model: Model, task: Task, *, pos: str | int | None = None) -> Tensor:
+    """What the model says: the token with the largest logit, of the whole vocabulary.
 
     Args:
         model: a decoder.
-        task: with answers.
+        task: prompts.
         pos: see `flow`.
 
     Returns:
-        True or False for each prompt; `task[np.flatnonzero(right(model, task))]` keeps those it gets right.
-
-    Cost: one forward pass.
+        Token ids `[batch]`. Cost: one forward pass.
     """
-    steps = program(model)
-    question = asked(model, steps, task, pos, "answer", compare=False)
-    return (predictions(steps, task, question.at) == question.target).cpu().numpy()
+    return asked(model, program(model), task, pos, "prediction", compare=False).target
