@@ -65,13 +65,14 @@ def head_proximity(
         written: u, what each head writes of the value at each key.
         norm: 1 or 2.
     """
-    size = torch.linalg.vector_norm(whole, norm, dim=-1)[None, :, None]
     if norm == 2:
+        size = torch.linalg.vector_norm(whole, dim=-1)[None, :, None]
         # From |y - z|^2 = |y|^2 - 2 y z + |z|^2; as a quotient, because the difference of two norms would be rounding.
         dots = torch.einsum("qd,hkd->hqk", whole, written) * pattern
         gain = 2 * dots - pattern.square() * written.square().sum(-1)[:, None]
         return gain / (size + (size.square() - gain).clamp(min=0).sqrt()).clamp(min=torch.finfo(whole.dtype).tiny)
-    return size - _l1(whole, pattern, written)
+    # Both norms by the same sum: many parts are next to nothing, and two roundings of ||y|| would add up over them.
+    return whole.abs().sum(-1)[None, :, None] - _l1(whole, pattern, written)
 
 
 def _l1(whole: Tensor, pattern: Tensor, written: Tensor) -> Tensor:

@@ -143,6 +143,20 @@ def test_the_size_of_a_tile_changes_nothing(monkeypatch, numbers_in_a_tile):
         np.testing.assert_allclose(fast[layer, 0].attn, slow_flow(model, task, layer)[0][0], **CLOSE)
 
 
+def test_what_writes_nothing_has_no_share_to_the_last_bit():
+    generator = torch.Generator().manual_seed(0)
+    whole, written = 100 * torch.randn(40, 576, generator=generator), torch.randn(2, 40, 576, generator=generator)
+    for norm in (1, 2):
+        near = _flow.head_proximity(whole, torch.zeros(2, 40, 40), written, norm)
+        assert float(near.tril().abs().max()) == 0  # hundreds of roundings would add up to a share
+        close = _flow.head_proximity(whole, torch.full((2, 40, 40), 0.1), written, norm).tril()
+        exact = _flow.head_proximity(
+            whole.double(), torch.full((2, 40, 40), 0.1).double(), written.double(), norm
+        ).tril()
+        # 7 digits of ||y||, which is 46,000 in L1 and 2,400 in L2.
+        assert float((close - exact).abs().max()) < 0.05
+
+
 @pytest.mark.parametrize("architecture", toy.ARCHITECTURES)
 def test_shares_are_not_negative_sum_to_one_and_look_back_only(architecture):
     model = random_model(architecture)
