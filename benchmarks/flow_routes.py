@@ -1,6 +1,7 @@
 """What do the importances of information flow routes cost, beside the published algorithm written plainly?
 
-    OMP_NUM_THREADS=1 python benchmarks/flow_routes.py     # about 4 minutes
+    OMP_NUM_THREADS=1 python benchmarks/flow_routes.py      # about 4 minutes
+    OMP_NUM_THREADS=1 python benchmarks/flow_routes.py 64   # 64 tokens only; the other rows stay
 
 All importances (every head, query and key; every MLP and residual) of one prompt of the default model, both ways on the
 same weights and tokens. The plain way is that of the published code (facebookresearch/llm-transparency-tool,
@@ -14,12 +15,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import in_fresh_process, interleave, median, peak_mb, report, rows_with_origin
+from _measure import RESULTS, in_fresh_process, interleave, median, peak_mb, report, rows_with_origin
 from torch import Tensor
 
 import interp
@@ -28,6 +29,8 @@ from interp.models.program import program
 
 #: The quickest public tool on 128 tokens of this model, as measured before this was written: CPU seconds, and MB.
 _PUBLIC_SECONDS, _PUBLIC_MB, _PUBLIC_TOKENS = 36.9, 2600, 128
+#: Repeats by number of tokens.
+_REPEATS = {64: 3, _PUBLIC_TOKENS: 2}
 
 
 def _setup(length: int) -> tuple[interp.Model, Tensor]:
@@ -119,7 +122,7 @@ def _case(length: int, repeats: int) -> list[dict[str, Any]]:
     times = interleave({**arms, "floor": read_once}, repeats=repeats, warmups=0)
     cpu = {name: median(found["cpu"]) for name, found in times.items()}
     peak = {
-        name: in_fresh_process(__file__, [name, str(length)])["above_model_mb"]
+        name: in_fresh_process(__file__, ["memory", name, str(length)])["above_model_mb"]
         for name in ("ours", "plain", "components")
     }
     l1 = cpu["ours"] - cpu["forward"]
@@ -144,16 +147,20 @@ def _case(length: int, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Case by case, stored after each."""
-    rows: list[dict[str, Any]] = []
-    for length, repeats in ((64, 3), (_PUBLIC_TOKENS, 2)):
-        rows += _case(length, repeats)
-        report("flow_routes", rows_with_origin(rows, model="smollm2-135m"))
+def main(wanted: Sequence[str]) -> None:
+    """Case by case, stored after each; rows of other cases stay."""
+    stored = RESULTS / "flow_routes.json"
+    for length, repeats in _REPEATS.items():
+        if wanted and str(length) not in wanted:
+            continue
+        fresh = rows_with_origin(_case(length, repeats), model="smollm2-135m")
+        earlier = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else []
+        names = {row["case"] for row in fresh}
+        report("flow_routes", [row for row in earlier if row["case"] not in names] + fresh)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        _memory(sys.argv[1], sys.argv[2])
+    if sys.argv[1:2] == ["memory"]:
+        _memory(*sys.argv[2:])
     else:
-        main()
+        main(sys.argv[1:])
