@@ -21,10 +21,10 @@ from interp.models.program import Program, program
 from interp.patching._gradients import frozen
 from interp.patching._inputs import numbers, provenance, require_decoder, require_pairs, where
 from interp.patching._runs import readout_of
-from interp.patching._sources import Source, prepare
+from interp.patching._sources import Source, prepare, require_source
 from interp.tasks.task import Task
 
-_OFF = ("corrupt", "zero", "mean")
+_ABLATIONS = ("corrupt", "zero", "mean", "position_mean")
 #: Bytes of what is kept of a batch's runs on a CPU: more makes nothing faster.
 _CPU_BYTES = 2**28
 
@@ -55,10 +55,9 @@ class Job:
     def __post_init__(self) -> None:
         require_decoder(self.model)
         task, plan = self.task, self.plan
-        if plan.off not in _OFF:
-            raise ValueError(f"off={plan.off!r} is not known; use one of {', '.join(_OFF)}.")
-        if self.reference is not None and plan.off != "mean":
-            raise ValueError(f"reference= gives the prompts of a mean, but off={plan.off!r}: pass off='mean'.")
+        if plan.ablation not in _ABLATIONS:
+            raise ValueError(f"ablation={plan.ablation!r} is not known here; use one of {', '.join(_ABLATIONS)}.")
+        require_source(plan.ablation, (), task, self.reference)
         if self._paired:
             corrupt = require_pairs(task)
             same = (corrupt == task.clean).all(1)
@@ -76,7 +75,7 @@ class Job:
 
     @property
     def _paired(self) -> bool:
-        return self.plan.off == "corrupt" or 1.0 in self.plan.distances and self.plan.along == "embedding"
+        return self.plan.ablation == "corrupt" or 1.0 in self.plan.distances and self.plan.along == "embedding"
 
     @cached_property
     def steps(self) -> Program:
@@ -100,7 +99,7 @@ class Job:
         """Model, task and options."""
         given = self.positions
         return provenance(
-            self.model, self.task, method=self.name, **self.chosen, off=self.plan.off, grouped=self.grouped,
+            self.model, self.task, method=self.name, **self.chosen, ablation=self.plan.ablation, grouped=self.grouped,
             reference=None if self.reference is None else self.reference.fingerprint,
             positions=given if given is None or isinstance(given, (str, int)) else list(given),
             metric=self.metric.name if isinstance(self.metric, Readout) else self.metric,
@@ -172,8 +171,9 @@ class Job:
         """From (site, layer) to what a source writes when it is out."""
         sites = [(site, layer) for site in ("z", "mlp_out") for layer in range(self.model.n_layers)]
         source = Source("zero", None, {})
-        if self.plan.off == "mean":
-            source = prepare(self.model, self.task, "mean", [*sites, ("resid_pre", 0)], reference=self.reference)
+        if self.plan.ablation in ("mean", "position_mean"):
+            name, wanted = self.plan.ablation, [*sites, ("resid_pre", 0)]
+            source = prepare(self.model, self.task, name, wanted, reference=self.reference)
         zero = torch.zeros((), device=self.model.device)
         return lambda site, layer: source.means.get((site, layer), zero)
 

@@ -330,13 +330,13 @@ class Plan(NamedTuple):
     """What is computed.
 
     Attributes:
-        off: what an edge carries when it is out: "corrupt", "zero" or "mean".
+        ablation: what a cut edge carries: "corrupt" is that of the other prompts, all else values given.
         distances: of the points where gradients are taken from the clean run; the other end is at 1.
         along: "embedding", or "activation": the outputs of one layer's heads, or of one MLP, alone.
         rules: what stands in for derivatives.
     """
 
-    off: str
+    ablation: str
     distances: tuple[float, ...]
     along: str
     rules: Rules
@@ -363,7 +363,7 @@ def edge_scores(
         graph: of it.
         plan: what is computed.
         prompts: the batch.
-        means: from (site, layer) to the value of a source that is out, where that is no other prompt's.
+        means: from (site, layer) to what a source writes in the off run, where that is no other prompt's.
 
     Returns:
         Scores `[batch dst src]`, meaningless where there is no edge; the metric of the clean and of the corrupted run
@@ -381,9 +381,9 @@ def edge_scores(
         if prompts.corrupt is not None:
             other = steps.embed(prompts.corrupt, prompts.mask)
             kept = 1.0 in plan.distances and plan.along == "embedding"
-            corrupt = forward(setting, other, start, kept=kept, written=plan.off == "corrupt")
+            corrupt = forward(setting, other, start, kept=kept, written=plan.ablation == "corrupt")
         metrics = [None if run is None else metric_of(steps, run.last, prompts.read) for run in (clean, corrupt)]
-        if plan.off == "corrupt":
+        if plan.ablation == "corrupt":
             assert corrupt is not None
             deltas = Deltas(other - base, _less(corrupt.z, clean.z), _less(corrupt.mlp, clean.mlp))
         else:

@@ -22,8 +22,8 @@ from interp.core.result import Result
 from interp.models.model import Model
 from interp.tasks.task import Task
 
-#: What an edge carries when it is out: what its source writes on the corrupted prompt, nothing, or its mean.
-Off = Literal["corrupt", "zero", "mean"]
+#: What a cut edge carries: what its source writes on the corrupted prompt, nothing, or its mean.
+Ablation = Literal["corrupt", "zero", "mean", "position_mean"]
 #: Where integrated gradients are taken.
 Path = Literal["embedding", "activation", "ends"]
 #: Which points of the path: k = 1..m of m, k = 0..m-1, or the middles between them.
@@ -38,7 +38,7 @@ def eap(
     model: Model,
     task: Task,
     *,
-    off: Off = "corrupt",
+    ablation: Ablation = "corrupt",
     reference: Task | None = None,
     grouped: bool = True,
     positions: str | int | Sequence[str | int] | None = None,
@@ -59,9 +59,10 @@ def eap(
 
     Args:
         model: a decoder.
-        task: with answers and, for off="corrupt", corrupted prompts.
-        off: "corrupt" (what u writes on the paired prompt), "zero", or "mean" (over prompts and positions).
-        reference: prompts of the mean; None for the task's clean ones.
+        task: with answers and, for ablation="corrupt", corrupted prompts.
+        ablation: off_u: "corrupt" (what u writes on the paired prompt), "zero", "mean" (over prompts and positions) or
+            "position_mean" (over prompts, for prompts of one length).
+        reference: prompts of the means; None for the task's clean ones.
         grouped: whether a key or value that several heads share is one input, as in the model, or one a head.
         positions: where inputs are counted: names of the task or indices; None for all. Scores of "end" are those of
             edges at the last position.
@@ -74,8 +75,8 @@ def eap(
 
     Raises:
         ValueError: no corrupted prompts, or one that equals its clean prompt or is padded otherwise; metric="kl", whose
-            gradient is 0 at the clean run; a metric of several numbers; an unknown off or position; a score that is not
-            finite (the prompt is named); an encoder.
+            gradient is 0 at the clean run; a metric of several numbers; an unknown ablation or position; a score that is
+            not finite (the prompt is named); an encoder.
         NoProgramError: the model has no layer-by-layer program, a norm that is neither LayerNorm nor RMSNorm, or heads
             that do not add up (Gemma 2).
 
@@ -95,7 +96,7 @@ def eap(
         >>> [round(float(into[head]), 2) for head in ("a1.h0", "a0.h1", "a1.h2")]  # the last one hinders
         [-16.0, -32.0, 32.0]
     """
-    chosen = _eap(off, metric)
+    chosen = _eap(ablation, metric)
     return _circuit(Job(model, task, "eap", *chosen, reference, grouped, positions, metric, batch_size))
 
 
@@ -109,7 +110,7 @@ def eap_ig(
     steps: int = 5,
     path: Path = "embedding",
     grid: Grid = "paper",
-    off: Off = "corrupt",
+    ablation: Ablation = "corrupt",
     reference: Task | None = None,
     grouped: bool = True,
     positions: str | int | Sequence[str | int] | None = None,
@@ -134,7 +135,7 @@ def eap_ig(
         path: see above.
         grid: "paper" has the points k = 1..m (the last is the clean run), "code" k = 0..m-1 (the first is the corrupted
             run), "midpoint" k = 1/2..m-1/2, whose error falls as 1/m^2 where that of the others falls as 1/m.
-        off: as for `eap`; "zero" and "mean" have no embeddings to start from and need path="activation".
+        ablation: as for `eap`; all but "corrupt" have no embeddings to start from and need path="activation".
         reference: as for `eap`.
         grouped: as for `eap`.
         positions: as for `eap`.
@@ -145,7 +146,7 @@ def eap_ig(
         Circuit, as `eap`.
 
     Raises:
-        ValueError: as `eap`; no steps, an unknown path or grid, a path that `off` has no start for.
+        ValueError: as `eap`; no steps, an unknown path or grid, a path that the ablation has no start for.
         NoProgramError: as `eap`.
 
     Cost: two forward passes, one forward and one backward pass a point (no forward pass for the points that are the
@@ -166,7 +167,7 @@ def eap_ig(
         >>> [round(float(each.scores[edge] / gap), 3) for each in found]
         [-0.4, -0.6]
     """
-    chosen = _eap_ig(off, metric, steps=steps, path=path, grid=grid)
+    chosen = _eap_ig(ablation, metric, steps=steps, path=path, grid=grid)
     return _circuit(Job(model, task, "eap_ig", *chosen, reference, grouped, positions, metric, batch_size))
 
 
@@ -177,7 +178,7 @@ def relp(
     *,
     at: Literal["corrupt", "clean"] = "corrupt",
     freeze_attention: bool = False,
-    off: Off = "corrupt",
+    ablation: Ablation = "corrupt",
     reference: Task | None = None,
     grouped: bool = True,
     positions: str | int | Sequence[str | int] | None = None,
@@ -193,15 +194,15 @@ def relp(
     - of a product of an activation and a gate, each factor gets half the derivative (Half-rule);
     - with `freeze_attention`, attention patterns are constants (AH-rule), and the edges into queries and keys score 0.
 
-    The coefficients are those of the run `at`. With all rules, at="clean", off="zero", and no biases, the scores of the
-    edges out of the input sum to minus the metric, if that is linear in the logits.
+    The coefficients are those of the run `at`. With all rules, at="clean", ablation="zero", and no biases, the scores of
+    the edges out of the input sum to minus the metric, if that is linear in the logits.
 
     Args:
         model: a decoder.
         task: as for `eap`.
         at: "corrupt", as the paper's demonstration has it, or "clean", as `eap` has it.
         freeze_attention: whether to use the AH-rule, which the paper lists and its demonstration does not use.
-        off: as for `eap`.
+        ablation: as for `eap`.
         reference: as for `eap`.
         grouped: as for `eap`.
         positions: as for `eap`.
@@ -228,7 +229,7 @@ def relp(
         >>> bool(np.allclose(relp(case.model, task).scores, eap(case.model, task).scores, atol=1e-4))  # it is linear
         True
     """
-    chosen = _relp(off, metric, at=at, freeze_attention=freeze_attention)
+    chosen = _relp(ablation, metric, at=at, freeze_attention=freeze_attention)
     return _circuit(Job(model, task, "relp", *chosen, reference, grouped, positions, metric, batch_size))
 
 
@@ -237,7 +238,7 @@ def edge_scores(
     task: Task,
     *,
     estimate: Literal["eap", "eap_ig", "relp"] = "eap",
-    off: Off = "corrupt",
+    ablation: Ablation = "corrupt",
     reference: Task | None = None,
     grouped: bool = True,
     positions: str | int | Sequence[str | int] | None = None,
@@ -253,7 +254,7 @@ def edge_scores(
         model: a decoder.
         task: as for `eap`.
         estimate: "eap", "eap_ig" or "relp".
-        off: as for `eap`.
+        ablation: as for `eap`.
         reference: as for `eap`.
         grouped: as for `eap`.
         positions: as for `eap`.
@@ -281,7 +282,7 @@ def edge_scores(
     plans: dict[str, Callable[..., tuple[Plan, dict[str, Any]]]] = {"eap": _eap, "eap_ig": _eap_ig, "relp": _relp}
     if estimate not in plans:
         raise ValueError(f"estimate={estimate!r} is not known; use one of {', '.join(plans)}.")
-    chosen = plans[estimate](off, metric, **options)
+    chosen = plans[estimate](ablation, metric, **options)
     job = Job(model, task, estimate, *chosen, reference, grouped, positions, metric, batch_size)
     found = job.run(each=True)
     scores = found.pop("scores")
@@ -296,13 +297,13 @@ def _circuit(job: Job) -> Circuit:
     return Circuit.of(job.graph, found["scores"][0] / len(job.task), unit=job.unit, meta={**job.meta, **means})
 
 
-def _eap(off: str, metric: str | Readout) -> tuple[Plan, dict[str, Any]]:
+def _eap(ablation: str, metric: str | Readout) -> tuple[Plan, dict[str, Any]]:
     _refuse_kl(metric, at_clean=True)
-    return Plan(off, (0.0,), "embedding", Rules()), {}
+    return Plan(ablation, (0.0,), "embedding", Rules()), {}
 
 
 def _eap_ig(
-    off: str, metric: str | Readout, *, steps: int = 5, path: str = "embedding", grid: str = "paper"
+    ablation: str, metric: str | Readout, *, steps: int = 5, path: str = "embedding", grid: str = "paper"
 ) -> tuple[Plan, dict[str, Any]]:
     if path not in ("embedding", "activation", "ends"):
         raise ValueError(f"path={path!r} is not known; use 'embedding', 'activation' or 'ends'.")
@@ -310,27 +311,27 @@ def _eap_ig(
         raise ValueError(f"grid={grid!r} is not known; use one of {', '.join(_GRIDS)}.")
     if steps < 1:
         raise ValueError(f"steps={steps}: give the number of points of the path, for example steps=5.")
-    if path != "activation" and off in ("zero", "mean"):
+    if path != "activation" and ablation in ("zero", "mean", "position_mean"):
         raise ValueError(
-            f"off={off!r} gives values of activations, and no embeddings for a path to start from: pass "
-            "path='activation', or off='corrupt'."
+            f"ablation={ablation!r} gives values of activations, and no embeddings for a path to start from: pass "
+            "path='activation', or ablation='corrupt'."
         )
     if path == "ends":
-        return Plan(off, (0.0, 1.0), "embedding", Rules()), {"path": path}
+        return Plan(ablation, (0.0, 1.0), "embedding", Rules()), {"path": path}
     distances = tuple((_GRIDS[grid] + index) / steps for index in range(steps))
     _refuse_kl(metric, at_clean=distances == (0.0,))
-    return Plan(off, distances, path, Rules()), {"steps": steps, "path": path, "grid": grid}
+    return Plan(ablation, distances, path, Rules()), {"steps": steps, "path": path, "grid": grid}
 
 
 def _relp(
-    off: str, metric: str | Readout, *, at: str = "corrupt", freeze_attention: bool = False
+    ablation: str, metric: str | Readout, *, at: str = "corrupt", freeze_attention: bool = False
 ) -> tuple[Plan, dict[str, Any]]:
     if at not in ("corrupt", "clean"):
         raise ValueError(f"at={at!r} is not known; use 'corrupt' (as in the paper) or 'clean'.")
     _refuse_kl(metric, at_clean=at == "clean")
     rules = Rules(lrp=True, attention=freeze_attention)
     chosen: dict[str, Any] = {"at": at, "freeze_attention": freeze_attention}
-    return Plan(off, (1.0,) if at == "corrupt" else (0.0,), "embedding", rules), chosen
+    return Plan(ablation, (1.0,) if at == "corrupt" else (0.0,), "embedding", rules), chosen
 
 
 def _refuse_kl(metric: str | Readout, *, at_clean: bool) -> None:

@@ -247,7 +247,7 @@ def test_zero_and_mean_are_off_values():
     model = random_model("llama")
     task = random_task(model)
     alone = dataclasses.replace(task, corrupt=None)
-    zero = eap(model, alone, off="zero")
+    zero = eap(model, alone, ablation="zero")
     close(zero.scores, Slow(model).scores(task, off="zero").mean(0))
     assert "corrupt" not in zero.meta
     # The mean over one prompt of one token that is repeated is what every source writes there but for its position.
@@ -258,8 +258,11 @@ def test_zero_and_mean_are_off_values():
     _, leaves, last = slow.run(whole.clean[:1])
     slopes = torch.autograd.grad(slow.metric(last, whole.answers[0], whole.wrong[0]), leaves)
     expected = torch.einsum("sbpd,vbpd->vs", difference[0], torch.stack(slopes)).numpy() * slow.graph.possible
-    close(edge_scores(model, whole, off="mean").arrays["scores"][1][0], expected)
-    close(eap(model, whole[:1], off="mean", reference=whole).scores, expected)
+    close(edge_scores(model, whole, ablation="mean").arrays["scores"][1][0], expected)
+    close(eap(model, whole[:1], ablation="mean", reference=whole).scores, expected)
+    mean = torch.stack(written).mean((0, 2))[:, None]  # over prompts
+    expected = torch.einsum("sbpd,vbpd->vs", mean - written[0], torch.stack(slopes)).numpy() * slow.graph.possible
+    close(edge_scores(model, whole, ablation="position_mean").arrays["scores"][1][0], expected)
 
 
 # ---- exact patching, and sums that are known
@@ -431,7 +434,7 @@ def test_planted_edges_score_and_others_do_not(name):
 def test_relevance_out_of_the_input_is_the_metric_where_nothing_adds_a_constant():
     model = random_model("llama")  # no biases
     task = random_task(model)
-    options = {"estimate": "relp", "off": "zero", "at": "clean"}
+    options = {"estimate": "relp", "ablation": "zero", "at": "clean"}
     found = edge_scores(model, task, freeze_attention=True, **options).table
     np.testing.assert_allclose(found["value"], -found["value_clean"], rtol=1e-4)
     moving = edge_scores(model, task, **options).table
@@ -486,8 +489,9 @@ def test_the_circuit_says_where_it_is_from(tmp_path):
     model = random_model("llama")
     task = random_task(model)
     found = eap_ig(model, task, steps=2, positions=("end",))
-    assert {k: found.meta[k] for k in ("method", "steps", "grid", "path", "off", "positions")} == {
-        "method": "eap_ig", "steps": 2, "grid": "paper", "path": "embedding", "off": "corrupt", "positions": ["end"],
+    assert {k: found.meta[k] for k in ("method", "steps", "grid", "path", "ablation", "positions")} == {
+        "method": "eap_ig", "steps": 2, "grid": "paper", "path": "embedding", "ablation": "corrupt",
+        "positions": ["end"],
     }  # fmt: skip
     found.require(model)
     again = Circuit.load(found.save(tmp_path / "circuit"))
@@ -504,10 +508,11 @@ def test_refusals():
         (lambda: eap_ig(model, task, metric="kl", steps=1), "gradient of a divergence"),
         (lambda: relp(model, task, metric="kl", at="clean"), "gradient of a divergence"),
         (lambda: eap(model, alone), "has no corrupted prompts"),
-        (lambda: relp(model, alone, off="zero"), "has no corrupted prompts"),
+        (lambda: relp(model, alone, ablation="zero"), "has no corrupted prompts"),
         (lambda: eap_ig(model, task, steps=0), "steps=0"),
-        (lambda: eap_ig(model, task, off="zero"), "no embeddings for a path to start from"),
+        (lambda: eap_ig(model, task, ablation="zero"), "no embeddings for a path to start from"),
         (lambda: eap(model, task, reference=task), "reference= gives the prompts of a mean"),
+        (lambda: eap(model, task, ablation="position_mean"), "different lengths"),
         (lambda: eap(model, task, positions="nowhere"), "no position 'nowhere'"),
         (lambda: eap(model, task, positions=[]), "no positions were given"),
         (lambda: eap(model, dataclasses.replace(task, corrupt=task.clean.clone())), "prompt 0: clean and corrupt are"),
