@@ -212,6 +212,7 @@ def components(
     return Result("flow_routes.components", table, f"{UNIT}, summed over the route", meta=meta)
 
 
+@method(name="Contrast of information flow routes", paper=PAPER, notebook="flow_routes")
 def contrast(first: Result, second: Result) -> Result:
     """What matters for one kind of prompt and not for another: mean importances, one minus the other.
 
@@ -225,6 +226,8 @@ def contrast(first: Result, second: Result) -> Result:
 
     Raises:
         ValueError: results of another method, or of different models or options.
+
+    Cost: that of the two results; no forward pass.
 
     Example:
         >>> from interp.models import planted
