@@ -1,7 +1,8 @@
 """What does one input change? The nodes that it reaches through edges that are in, computed again; all else is held.
 
 A pass over a circuit of few edges computes few nodes: those below one destination. What other nodes write, what still
-inputs read, and the queries, keys and values that no moving source feeds are taken as they are.
+inputs read, and the queries, keys and values that no moving source feeds are taken as they are. MLPs that only lead to
+the logits by way of the position that is read are computed there only.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Cone:
                 moving[number] = True
                 reached |= graph.of_node[number] & alive
         self.nodes, self._moving = np.flatnonzero(reached), moving
+        self._everywhere = self._read_everywhere()
         self._heads = {
             layer: heads
             for layer in range(graph.destinations[row].layer, graph.n_layers)
@@ -102,7 +104,7 @@ class Cone:
         Cost: the reached nodes, once a cell.
         """
         run, cells = self.run, len(inputs)
-        fresh = inputs.new_empty((cells, len(self.nodes), *self.wrote.shape[1:]))
+        fresh = inputs.new_zeros((cells, len(self.nodes), *self.wrote.shape[1:]))
         if self.is_logits:
             return self._score(inputs), fresh
         done = 0
@@ -114,11 +116,12 @@ class Cone:
             if layer in self._mlps:
                 row = run.graph.destination_index[f"m{layer}"]
                 # Where parallel, no head of this layer is read: their weights are zeros.
-                stream = self._gather(np.array([row]), inputs, fresh[:, :done])[:, 0]
-                out = run._mlp(layer, stream) - run.off.mlp[layer].flatten(0, 1)
+                tokens: Tensor | slice = slice(None) if self._everywhere[self.nodes[done]] else run.at
+                stream = self._gather(np.array([row]), inputs, fresh[:, :done])[:, 0, tokens]
+                out = run._mlp(layer, stream) - run.off.mlp[layer].flatten(0, 1)[tokens]
                 model = run.steps.model
                 self.flops += (6.0 if model.gated_mlp else 4.0) * stream.numel() * model.d_mlp
-                fresh[:, done] = out.to(fresh.dtype)
+                fresh[:, done, tokens] = out.to(fresh.dtype)
                 done += 1
         row = run.graph.destination_index[LOGITS]
         stream = self._gather(np.array([row]), inputs, fresh[:, :, run.at])[:, 0]
@@ -146,6 +149,15 @@ class Cone:
     def _off(self, row: int) -> Tensor:
         each = self.run.graph.destinations[row]
         return self.run.inputs[each.layer][1 if each.kind == "mlp" else 0]
+
+    def _read_everywhere(self) -> np.ndarray:
+        """Which sources are read at other positions than the metric's: by keys, by values, and by what these read."""
+        graph, found = self.run.graph, np.zeros(self.kept.shape[1], bool)
+        for row in range(len(self.kept) - 2, self.row - 1, -1):
+            each = graph.destinations[row]
+            if self.kept[row].any() and (each.kind in "kv" or found[graph.of_node[row]].any()):
+                found |= self.kept[row]
+        return found
 
     def _inputs(self, reached: np.ndarray) -> dict[int, Tensor]:
         """What every input of the reached nodes, and the logits, read of nodes that are not reached."""
@@ -235,13 +247,12 @@ class Cone:
         return z.unflatten(0, (cells, -1)).flatten(1, 2)
 
 
-def wrote_of(run: EdgeRun, changes: Sequence[Change], *, first: int = 0) -> Float[Tensor, "src token d_model"]:
+def wrote_of(run: EdgeRun, changes: Sequence[Change]) -> Float[Tensor, "src token d_model"]:
     """What sources write beyond the off run, one vector each.
 
     Args:
         run: the prompts.
         changes: of every layer, of one cell.
-        first: layer to begin with; 0 for the input too.
 
     Returns:
         In the order of `Graph.sources`, in float32 at least.
@@ -249,11 +260,11 @@ def wrote_of(run: EdgeRun, changes: Sequence[Change], *, first: int = 0) -> Floa
     Cost: memory for sources x tokens x d_model numbers.
     """
     wide = _wide(run.embed.dtype)
-    parts = [run.embed[None].to(wide)] if first == 0 else []
-    for layer in range(first, len(changes)):
+    parts = [run.embed[None].to(wide)]
+    for layer, change in enumerate(changes):
         w_o = run.steps.w_o(layer)
-        parts.append(torch.einsum("thd,hdm->htm", changes[layer].z[0].to(w_o.dtype), w_o).to(wide))
-        parts.append(changes[layer].mlp.to(wide))
+        parts.append(torch.einsum("thd,hdm->htm", change.z[0].to(w_o.dtype), w_o).to(wide))
+        parts.append(change.mlp.to(wide))
     return torch.cat(parts)
 
 

@@ -168,9 +168,9 @@ class _Search:
         self.order, self.absolute, self.seed = order, absolute, seed
         self.run: EdgeRun = made.run(slice(None))
         self.sign = 1.0 if self.run.read.name == "kl" else -1.0
-        values, self.changes = self.run.forward(as_weights(first[None], made.task.clean))
+        values, changes = self.run.forward(as_weights(first[None], made.task.clean))
         self.value = self._mean(values)[0]
-        self.wrote = wrote_of(self.run, self.changes)
+        self.wrote = wrote_of(self.run, changes)
         self.layers = np.array([each.layer for each in self.graph.destinations])
 
     @torch.no_grad()
@@ -178,24 +178,32 @@ class _Search:
         """The circuit of one threshold."""
         identity = self._identity(tau)
         checkpoint = Checkpoint(None if isinstance(self.made.metric, Readout) else identity)
-        state = checkpoint.load() or {
-            "kept": self.first.copy(), "scores": np.zeros(self.first.shape), "layer": np.array(self.graph.n_layers),
-            "counts": np.zeros(3),
-        }  # fmt: skip
-        kept, scores, counts = state["kept"], state["scores"], state["counts"]
-        layers = range(int(state["layer"]), -1, -1)
-        value = self.value
-        with tqdm(total=len(layers), desc=f"ACDC, tau {tau:g}", leave=False) as bar:
-            for layer in layers:
-                self._layer(layer, tau, kept, scores, counts)
-                state = {"kept": kept, "scores": scores, "layer": np.array(layer - 1), "counts": counts}
-                checkpoint.store(state)
+        kept, scores, counts = self.first.copy(), np.zeros(self.first.shape), np.zeros(3)
+        wrote, current, done = self.wrote.clone(), self.value, 0
+        if (state := checkpoint.load()) is not None:
+            kept, scores, counts = state["kept"], state["scores"], state["counts"]
+            wrote[torch.from_numpy(state["nodes"]).to(wrote.device)] = torch.from_numpy(state["wrote"]).to(wrote)
+            current, done = float(state["current"]), int(state["done"])
+        n_layers = self.graph.n_layers
+        with tqdm(total=n_layers + 1, initial=done, desc=f"ACDC, tau {tau:g}", leave=False) as bar:
+            for layer in range(n_layers - done, -1, -1):
+                current = self._layer(layer, tau, current, kept, scores, counts, wrote)
+                # Of what was computed here, only what nodes that are still read write is needed again.
+                nodes = np.flatnonzero(kept.any(0))
+                nodes = nodes[nodes > layer * (self.graph.n_heads + 1)]
+                checkpoint.store({
+                    "kept": kept, "scores": scores, "counts": counts, "nodes": nodes,
+                    "wrote": wrote[nodes].cpu().numpy(), "current": np.array(current),
+                    "done": np.array(n_layers - layer + 1),
+                })  # fmt: skip
                 bar.update()
         values, _ = self.run.forward(as_weights(kept[None], self.made.task.clean))
         value = self._mean(values)[0]
         checkpoint.clear()
         n_pos = self.made.task.clean.shape[1]
         n_tests, n_cells, flops = counts.tolist()
+        # The first and the last circuit's passes; with sums over all edges, one costs up to twice a bare one.
+        flops += 4 * forward_flops(self.run, self.run.shape[1])
         meta = {
             **identity, "selection": f"tau {tau:g}", "metric_unit": self.run.read.unit, "n_tests": int(n_tests),
             "n_cells": int(n_cells), "flops": flops, "plain_flops": n_tests * forward_flops(self.run, n_pos),
@@ -203,31 +211,26 @@ class _Search:
         }  # fmt: skip
         return Circuit.of(self.graph, scores, kept=kept, unit=self.run.read.unit, meta=meta)
 
-    def _layer(self, layer: int, tau: float, kept: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> None:
-        """Test the edges into one layer. What is computed before depends on `kept` alone, also after a stop."""
-        graph, run = self.graph, self.run
-        wrote, current = self.wrote, self.value
-        rows = np.flatnonzero(self.layers == layer)[::-1].tolist()
-        if not any(kept[row].any() and self._is_read(row, kept) for row in rows):
-            kept[rows] = False
-            return
-        if layer < graph.n_layers:
-            values, changes = run.forward(
-                as_weights(kept[None], self.made.task.clean), first=layer, known=self.changes[:layer]
-            )
-            current = self._mean(values)[0]
-            above = wrote_of(run, changes, first=layer) if layer else wrote_of(run, changes)
-            wrote = torch.cat([wrote[: len(wrote) - len(above)], above])
-            # A pass with sums over all edges costs up to twice a bare one.
-            counts[2] += 2 * forward_flops(run, run.shape[1]) * (graph.n_layers - layer) / graph.n_layers
+    def _layer(
+        self,
+        layer: int,
+        tau: float,
+        current: float,
+        kept: np.ndarray,
+        scores: np.ndarray,
+        counts: np.ndarray,
+        wrote: Tensor,
+    ) -> float:
+        """Test the edges into one layer; the metric of what is left. All but tau is kept up to date."""
         changed = (wrote != 0).flatten(1).any(1).cpu().numpy()
-        for row in rows:
+        for row in np.flatnonzero(self.layers == layer)[::-1].tolist():
             if not self._is_read(row, kept):
                 kept[row] = False
                 continue
             counts[0] += kept[row].sum()
             kept[row] &= changed
             current = self._row(row, tau, current, kept, scores, counts, wrote)
+        return current
 
     def _is_read(self, row: int, kept: np.ndarray) -> bool:
         """Whether anything reads what depends on a destination."""
@@ -243,7 +246,7 @@ class _Search:
         counts: np.ndarray,
         wrote: Tensor,
     ) -> float:
-        """Test the edges into one destination; the metric of what is left. `wrote` is kept up to date."""
+        """Test the edges into one destination; the metric of what is left."""
         candidates = self._ordered(row, np.flatnonzero(kept[row]))
         if not len(candidates):
             return current

@@ -173,7 +173,7 @@ def test_an_interrupted_search_goes_on_to_the_same_circuit(monkeypatch, tmp_path
         calls.append(layer)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        whole(self, layer, *rest)
+        return whole(self, layer, *rest)
 
     monkeypatch.setattr(acdc_module._Search, "_layer", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -193,13 +193,14 @@ def test_the_counted_flops_are_those_that_are_done(monkeypatch):
 
     def counted(self, *rest):
         with FlopCounterMode(display=False) as counter:
-            inner(self, *rest)
+            current = inner(self, *rest)
         done.append(counter.get_total_flops())
+        return current
 
     monkeypatch.setattr(acdc_module._Search, "_layer", counted)
     found = acdc(model, task, tau=0.02)
-    # Plain sums are counted by us and not by the counter, and the pass before each layer is taken at its worst.
-    assert sum(done) < found.meta["flops"] < 1.15 * sum(done)
+    ours = found.meta["flops"] - 4 * 0.5 * found.meta["plain_flops"] / found.meta["n_tests"]  # two passes, half shared
+    assert sum(done) < ours < 1.15 * sum(done)  # plain sums are counted by us and not by the counter
     with FlopCounterMode(display=False) as counter:
         forward(program(model), task.clean)
     # A bare pass; the counter sees the unembedding at all positions, and ours only where the metric is read.
