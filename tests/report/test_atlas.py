@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import re
 import warnings
@@ -204,7 +205,8 @@ def test_the_page_holds_every_heads_scores_and_what_it_maps():
     assert data["cells"]["0.1"]["best"] == [b, True, 1.0]
     assert data["cells"]["1.2"]["promotes"][a] == 149 and "best" not in data["cells"]["1.2"]
     assert [source for source, _, _ in cell["mappings"]] == SHOWN
-    assert cell["mappings"][0] == [HOSTILE[0], 2.33, ["$x_{$", HOSTILE[0]]]
+    assert cell["mappings"][0] == [SHOWN[0], 2.33, [SHOWN[-1], SHOWN[0]]]
+    assert [targets for _, _, targets in cell["mappings"][1:]] == [[*pair] for pair in itertools.pairwise(SHOWN)]
     assert cell["descriptors"][0] == ["copy", 0.123, 0.0, 1.0] and len(cell["descriptors"]) == len(DESCRIPTORS)
     assert "mappings" not in data["cells"]["0.1"]
 
