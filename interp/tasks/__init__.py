@@ -9,6 +9,7 @@ from interp.tasks.multiple_choice import multiple_choice
 from interp.tasks.relations import Relation, Relations, relations
 from interp.tasks.task import Task
 from interp.tasks.text import text
+from interp.tasks.two_hop import two_hop, two_hop_chains
 
 __all__ = [
     "Relation",
@@ -24,5 +25,7 @@ __all__ = [
     "multiple_choice",
     "relations",
     "text",
+    "two_hop",
+    "two_hop_chains",
     "year_sets",
 ]

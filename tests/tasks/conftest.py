@@ -27,6 +27,7 @@ def _corpus() -> str:
         with open(path, encoding="utf-8", newline="") as file:
             fields += [field for row in csv.reader(file) for field in row]
     fixed = ["\nthe\nThe\nWe year lasted from to capital of is city We went see which in country abc"]
+    fixed.append("In fact called homeland")
     # Labels, and the words of the questions, also at the start of a line; colours also as an answer.
     fields += [*string.ascii_uppercase, *(field.title() for field in fields if field.isalpha())]
     fields += re.findall(
