@@ -75,8 +75,8 @@ def eap(
 
     Raises:
         ValueError: no corrupted prompts, or one that equals its clean prompt or is padded otherwise; metric="kl", whose
-            gradient is 0 at the clean run; a metric of several numbers; an unknown ablation or position; a score that is
-            not finite (the prompt is named); an encoder.
+            gradient is 0 at the clean run; a metric of several numbers; an unknown ablation or position; a score
+            that is not finite (the prompt is named); an encoder.
         NoProgramError: the model has no layer-by-layer program, a norm that is neither LayerNorm nor RMSNorm, or heads
             that do not add up (Gemma 2).
 
@@ -194,8 +194,8 @@ def relp(
     - of a product of an activation and a gate, each factor gets half the derivative (Half-rule);
     - with `freeze_attention`, attention patterns are constants (AH-rule), and the edges into queries and keys score 0.
 
-    The coefficients are those of the run `at`. With all rules, at="clean", ablation="zero", and no biases, the scores of
-    the edges out of the input sum to minus the metric, if that is linear in the logits.
+    The coefficients are those of the run `at`. With all rules, at="clean", ablation="zero", and no biases, the scores
+    of the edges out of the input sum to minus the metric, if that is linear in the logits.
 
     Args:
         model: a decoder.
