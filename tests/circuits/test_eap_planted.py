@@ -64,6 +64,17 @@ def test_a_ceiling_hides_its_edges_and_the_way_shows_them():
         assert share(found, *edge) == pytest.approx(1, abs=1e-4)
 
 
+def test_a_saturated_softmax_hides_queries_and_keys_and_the_way_shows_them():
+    case = planted.induction_like(sharpness=60.0)
+    pairs = (case.corrupt, case.answers, case.wrong, case.positions)
+    task = Task(case.name, case.prompts, case.clean, "planted", *pairs)
+    first, way = eap(case.model, task), eap_ig(case.model, task, steps=20, grid="midpoint")
+    for edge in (("input", "a1.h0<q>"), ("a0.h2", "a1.h0<k>"), ("input", "a0.h2<v>")):
+        assert abs(share(first, *edge)) < 1e-5
+        assert share(way, *edge) > 0.01
+    assert share(first, "input", "a1.h0<v>") == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ioi_like", "induction_like", "cancelling_pair", "greater_than_like"])
 def test_planted_edges_score_and_others_do_not(name):
     case, task = case_of(name)
