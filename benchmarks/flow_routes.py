@@ -8,6 +8,8 @@ same weights and tokens. The plain way is that of the published code (facebookre
 `routes/contributions.py`): a forward pass with everything cached, then a layer at a time the vectors of all pairs of
 positions and heads, [pos pos head d_model], and pairwise distances to the stream. The floor is one sum over as many
 numbers as there are L1 terms, from a tile that stays in the cache: each term cannot be touched less than once.
+The parity is the plain way's rounding: its two norms are summed in different orders, which adds up over hundreds of
+parts (layer 4, 64 tokens, against float64: 2e-4 there, 3e-5 here).
 """
 
 from __future__ import annotations
