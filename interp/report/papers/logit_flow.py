@@ -19,7 +19,7 @@ RELATIONS = ("relation", "relation1", "relation2")
 _ENOUGH = 5
 
 
-def right_and_wrong(model: Model, task: Task, n: int) -> tuple[Task, Task | None]:
+def right_and_wrong(model: Model, task: Task, n: int) -> tuple[Task | None, Task | None]:
     """The first n prompts that a model continues with the answer, and the first n with another fact's answer.
 
     Args:
@@ -28,18 +28,13 @@ def right_and_wrong(model: Model, task: Task, n: int) -> tuple[Task, Task | None
         n: at most so many of each.
 
     Returns:
-        (right, wrong); None instead of the wrong ones where there are none.
-
-    Raises:
-        ValueError: no prompt is right.
+        (right, wrong); None where there are none.
     """
     assert task.answers is not None
     found, answers = (each.cpu().numpy() for each in (logit_flow.predicted(model, task), task.answers))
     right = np.flatnonzero(found == answers)[:n]
     wrong = np.flatnonzero((found != answers) & np.isin(found, answers))[:n]
-    if not len(right):
-        raise ValueError(f"{model.name} gets none of the {len(task)} prompts of task {task.name!r} right: give more.")
-    return task[right], task[wrong] if len(wrong) else None
+    return task[right] if len(right) else None, task[wrong] if len(wrong) else None
 
 
 def shares_by_layer(*neurons: Result) -> pd.DataFrame:
@@ -82,8 +77,8 @@ def measured(
     neurons: Result,
     found: Result,
     located: Result,
-    failed: Result | None,
     two_hop: Result | None,
+    failed: Result | None,
     n_layers: int,
 ) -> dict[str, Any]:
     """The measurement of every claim in `data/papers/logit_flow/claims.csv`.
@@ -94,8 +89,8 @@ def measured(
         neurons: the same by FFN neuron, the 300 strongest.
         found: `logit_flow.flow` of the prompts that the model gets right.
         located: `stages.locate` of it.
-        failed: `logit_flow.failures` of prompts that it gets wrong, or None.
         two_hop: `logit_flow.flow` of two-hop prompts that it gets right, or None.
+        failed: `logit_flow.failures` of two-hop prompts that it gets wrong, or None.
         n_layers: layers of the model.
 
     Returns:
@@ -119,7 +114,7 @@ def measured(
         **{f"stage_{name.lower()}": float(stage.loc[name, "value"]) for name in "ABCD"},
         "order_ab": float(stage.loc["B", "value_centre"] - stage.loc["A", "value_centre"]) / n_layers,
         "late_end": (_centre(found, "end") - _centre(found, "entity")) / n_layers,
-        **_of_failures(found, failed, n_layers),
+        **_of_failures(two_hop, failed, n_layers),
         "two_hop_relation": _two_hop(found, two_hop),
         "llama_attn": untestable("needs Llama-7B, which no package ships"),
     }
@@ -131,20 +126,23 @@ def _centre(found: Result, role: str) -> float:
     return float((values.index.to_numpy() * values).sum() / values.sum())
 
 
-def _of_failures(found: Result, failed: Result | None, n_layers: int) -> dict[str, Any]:
-    if failed is None:
-        why = untestable("the model gave no wrong fact")
-        return {"wrong_late": why, "wrong_entity": why}
-    to_answer = stages.compare(found, failed.filter(metric="answer"), groups={"entity": ["entity"]})
-    return {
-        "wrong_late": float(np.median(failed.arrays["layer"][1])) / n_layers,
-        "wrong_entity": float(to_answer.set_index("component").loc["attn", "ratio"]),
-    }
-
-
 def _two_hop(found: Result, two_hop: Result | None) -> Any:
-    n = 0 if two_hop is None else len(two_hop.arrays["target"][1])
-    if two_hop is None or n < _ENOUGH:
+    if (n := _prompts(two_hop)) < _ENOUGH or two_hop is None:
         return untestable(f"the model got {n} of the two-hop prompts right; fewer than {_ENOUGH} are no comparison")
     ratio = stages.compare(found, two_hop, groups={"relation": RELATIONS}).set_index("component")["ratio"]
     return float(ratio["attn"])
+
+
+def _of_failures(two_hop: Result | None, failed: Result | None, n_layers: int) -> dict[str, Any]:
+    if (n := _prompts(failed, "prompt")) < _ENOUGH or failed is None:
+        why = untestable(f"the model gave {n} wrong facts; fewer than {_ENOUGH} are no comparison")
+        return {"wrong_late": why, "wrong_entity": why}
+    late = float(np.median(failed.arrays["layer"][1])) / n_layers
+    if two_hop is None:
+        return {"wrong_late": late, "wrong_entity": untestable("the model got no two-hop prompt right")}
+    to_answer = stages.compare(two_hop, failed.filter(metric="answer"), groups={"entity": ["entity"]})
+    return {"wrong_late": late, "wrong_entity": float(to_answer.set_index("component").loc["attn", "ratio"])}
+
+
+def _prompts(found: Result | None, array: str = "target") -> int:
+    return 0 if found is None else len(found.arrays[array][1])
