@@ -73,7 +73,7 @@ def overlap(
         Result, unit "Jaccard index"; one row for edges and one for nodes (`component`; the input is no node):
         `value`, `value_shared`, `value_first`, `value_second` (how many), `value_null`, `value_null_low`,
         `value_null_high` (mean and central interval of the null), `value_p` (share of shuffles, the observed one
-        included, that share at least as many), `value_p_exact` (for edges, from hypergeometric distributions).
+        included, with at least this index), `value_p_exact` (for edges, from hypergeometric distributions).
 
     Raises:
         ValueError: circuits of different graphs, an unknown `within`.
@@ -87,16 +87,14 @@ def overlap(
     rows = []
     for name in LEVELS:
         one, other = _members(first, name), _members(second, name)
-        null = [_members(each, name) for each in shuffled]
-        shared = int((one & other).sum())
-        counts = np.array([int((one & each).sum()) for each in null])
-        index = [_jaccard(one, each) for each in null]
+        shared, value = int((one & other).sum()), _jaccard(one, other)
+        index = np.array([_jaccard(one, _members(each, name)) for each in shuffled])
         low, high = np.quantile(index, [(1 - level) / 2, (1 + level) / 2])
         rows.append({
-            "component": f"{name}s", "value": _jaccard(one, other), "value_shared": shared,
-            "value_first": int(one.sum()), "value_second": int(other.sum()), "value_null": float(np.mean(index)),
+            "component": f"{name}s", "value": value, "value_shared": shared,
+            "value_first": int(one.sum()), "value_second": int(other.sum()), "value_null": float(index.mean()),
             "value_null_low": low, "value_null_high": high,
-            "value_p": (1 + int((counts >= shared).sum())) / (1 + n_null),
+            "value_p": (1 + int((index >= value).sum())) / (1 + n_null),
             "value_p_exact": _exact_p(first, second, classes, shared) if name == "edge" else np.nan,
         })  # fmt: skip
     meta = _origin(first, second) | {"within": within, "n_null": n_null, "seed": seed}

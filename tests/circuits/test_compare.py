@@ -168,3 +168,12 @@ def test_bad_input_is_refused():
     task = Task("or", case.prompts, case.clean, "planted", case.corrupt, case.answers, case.wrong, case.positions)
     with pytest.raises(ValueError, match="needs 2 or more"):
         stability(case.model, task, lambda some: one, n_boot=1)
+
+
+def test_nodes_shared_by_having_many_are_no_overlap():
+    """Shuffled edges touch more nodes than edges that hang together: numbers shared alone would flatter the null."""
+    graph = Graph(6, 4, 4)
+    edges = [("a0.h0", f"a1.h0<{kind}>") for kind in "qkv"] + [("a1.h0", f"a2.h0<{kind}>") for kind in "qkv"]
+    one = Circuit.from_edges(graph, edges)
+    table = overlap(one, one, n_null=400).table.set_index("component")
+    assert table["value_p"].tolist() == [1 / 401, 1 / 401]
