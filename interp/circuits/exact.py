@@ -69,8 +69,10 @@ def patch_edges(
 
     Cost: for each edge the layers from its destination on, on the positions from the first on where the prompts differ,
         in batches; edges into the logits only the unembedding; edges whose source writes the same in both runs
-        nothing. All 70,651 of SmolLM2-135M are as many parts of forward passes: name some, or use estimates. Can be
-        stopped and goes on with the next destination, unless the metric is a Readout.
+        nothing; and a forward pass for each destination. SmolLM2-135M, four prompts of 14 tokens of which the last five
+        differ: 25 ms of one CPU core an edge into the MLP of layer 20, so all 70,651 edges are a matter of half an
+        hour and more; name some, or use estimates. Can be stopped and goes on with the next destination, unless the
+        metric is a Readout.
 
     Example:
         >>> from interp.models import planted
