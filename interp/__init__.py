@@ -8,7 +8,19 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interp import activations, circuits, core, dynamics, flow, models, patching, report, tasks, weights
+    from interp import (
+        activations,
+        circuits,
+        core,
+        dynamics,
+        flow,
+        interventions,
+        models,
+        patching,
+        report,
+        tasks,
+        weights,
+    )
     from interp.core.registry import methods
     from interp.core.result import Result
     from interp.models.load import load
@@ -22,11 +34,14 @@ _WHERE = {
     "Result": "interp.core.result",
     "methods": "interp.core.registry",
 }
-_ROOMS = ("activations", "circuits", "core", "dynamics", "flow", "models", "patching", "report", "tasks", "weights")
+_ROOMS = (
+    "activations", "circuits", "core", "dynamics", "flow", "interventions", "models", "patching", "report", "tasks",
+    "weights",
+)  # fmt: skip
 
 __all__ = [
-    "Model", "Result", "Task", "activations", "circuits", "core", "dynamics", "flow", "load", "methods", "models",
-    "patching", "report", "tasks", "weights",
+    "Model", "Result", "Task", "activations", "circuits", "core", "dynamics", "flow", "interventions", "load",
+    "methods", "models", "patching", "report", "tasks", "weights",
 ]  # fmt: skip
 
 

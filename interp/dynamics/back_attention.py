@@ -1,0 +1,181 @@
+"""Can one layer do the work of two? Back attention trained inside a small transformer, or on a frozen model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from interp.core.result import Result
+from interp.dynamics.train import IGNORED, Batch, build, train
+from interp.models.back_attention import Attached, BackAttention
+from interp.models.model import Model
+from interp.tasks.task import Task
+
+
+class Small(nn.Module):
+    """A small transformer with back attention, all of it trainable: what `train` takes as its start.
+
+    Gradients go through both passes. `base` can be loaded with `interp.load`, and `Attached(model, small.back)` is then
+    the same computation with hooks.
+
+    Args:
+        configuration: of `config`.
+        source: the lower layer, whose input is changed.
+        target: the higher layer, whose output is read.
+        d_inner: see `BackAttention`.
+        n_heads: see `BackAttention`.
+        seed: of all weights; `base` is `build(configuration, seed=seed)`.
+
+    Raises:
+        ValueError: layers out of range or reversed, or what `BackAttention` refuses.
+
+    Cost: two forward passes.
+
+    Example:
+        >>> from interp.dynamics.train import config
+        >>> small = Small(config("llama", d_vocab=30, n_ctx=8, n_layers=1, d_model=16), d_inner=8, n_heads=2)
+        >>> small(torch.zeros(2, 3, dtype=torch.long)).shape
+        torch.Size([2, 3, 30])
+    """
+
+    def __init__(
+        self,
+        configuration: Any,
+        *,
+        source: int = 0,
+        target: int = 0,
+        d_inner: int | None = None,
+        n_heads: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = configuration
+        self.base: Any = build(configuration, seed=seed)
+        width = configuration.hidden_size  # GPT-2's config answers to this name too
+        self.back = BackAttention(width, source=source, target=target, d_inner=d_inner, n_heads=n_heads, seed=seed)
+        if target >= len(self._steps()) - 1:
+            raise ValueError(f"target={target}, but the transformer has layers 0 to {len(self._steps()) - 2}.")
+
+    def _steps(self) -> list[nn.Module]:
+        """The layers, and the final norm, whose input is the stream after the last of them."""
+        if hasattr(self.base, "transformer"):  # GPT-2
+            return [*self.base.transformer.h, self.base.transformer.ln_f]
+        return [*self.base.model.layers, self.base.model.norm]
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Tensor:
+        """Logits `[batch pos d_vocab]`."""
+        steps = self._steps()
+        streams: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def store(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                streams[name] = inputs[0]
+
+            return store
+
+        below, above = steps[self.back.source], steps[self.back.target + 1]
+        hooks = [below.register_forward_pre_hook(keep("low")), above.register_forward_pre_hook(keep("high"))]
+        try:
+            self.base.base_model(tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        written = self.back(streams["low"], streams["high"])
+        hooks = [below.register_forward_pre_hook(lambda module, inputs: (inputs[0] + written, *inputs[1:]))]
+        try:
+            return self.base(tokens).logits
+        finally:
+            hooks[0].remove()
+
+
+def train_back_attention(
+    model: Model,
+    task: Task,
+    *,
+    source: int,
+    target: int,
+    held_out: Task,
+    d_inner: int = 16,
+    n_heads: int = 1,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> tuple[BackAttention, Result]:
+    """Back attention for a loaded model, which stays as it is, trained to give a task's answers (arXiv:2502.10835).
+
+    The loss is the cross-entropy of the answer after the last token. `held_out` measures it; its prompts should not be
+    in `task`, nor, for a claim on composition, the facts (a random `task.split` shares both hops with the other part).
+
+    Args:
+        model: a decoder.
+        task: prompts with answers; any length, padded on the left.
+        source: the lower layer, whose input is changed.
+        target: the higher layer, whose output is read.
+        held_out: another such task.
+        d_inner: see `BackAttention`.
+        n_heads: see `BackAttention`.
+        seed: of the module's weights and of the batches.
+        folder: for the checkpoint, from which a stopped run goes on; see `train`.
+        **options: of `train`: steps, learning_rate, batch_size, stop_at, every, weight_decay, warmup.
+
+    Returns:
+        (back, history): the module in evaluation mode, and the Result of `train`. Its `meta["n_trained"]` are the
+        parameters added.
+
+    Raises:
+        ValueError: a task without answers, layers out of range or reversed, or what `train` refuses.
+
+    Cost: a step is a forward pass up to `target`, one through the model, and a backward pass down to `source`.
+    """
+    for given in (task, held_out):
+        if given.answers is None:
+            raise ValueError(f"task {given.name!r} has no answers to train for: give one that has.")
+    back = BackAttention(model.d_model, source=source, target=target, d_inner=d_inner, n_heads=n_heads, seed=seed)
+    tokens, targets = examples(task)
+
+    def draw(generator: torch.Generator, n: int) -> Batch:
+        rows = torch.randint(len(tokens), (n,), generator=generator)
+        return tokens[rows], targets[rows]
+
+    _, history = train(
+        Attached(model, back),
+        draw,
+        held_out=examples(held_out),
+        seed=seed,
+        device=model.device,
+        folder=folder,
+        **options,
+    )
+    return back, history
+
+
+def examples(task: Task) -> Batch:
+    """A task's prompts and answers as `train` takes them.
+
+    Padding moves to the right, where nothing that counts can see it, so that no mask is needed.
+
+    Args:
+        task: prompts with answers.
+
+    Returns:
+        (tokens, targets), both `[batch pos]` on the CPU; the only target is the answer, after each prompt's last token.
+
+    Example:
+        >>> from interp.models import toy
+        >>> model = toy.random("llama")
+        >>> task = Task.from_pairs(model, "own", ["w2 w3", "w4"], ["w2 w4", "w3"], [" w5", " w6"], [" w7", " w8"])
+        >>> tokens, targets = examples(task)
+        >>> tokens.tolist(), targets.tolist()
+        ([[2, 3], [4, 4]], [[-100, 5], [6, -100]])
+    """
+    assert task.answers is not None
+    clean, answers = task.clean.cpu(), task.answers.cpu()
+    width = clean.shape[1]
+    lengths = torch.full((len(task), 1), width) if task.mask is None else task.mask.cpu().long().sum(1, keepdim=True)
+    place = torch.arange(width)[None]
+    tokens = clean.gather(1, (place + width - lengths).clamp(max=width - 1))
+    return tokens, torch.where(place == lengths - 1, answers[:, None], IGNORED)
