@@ -249,8 +249,17 @@ class Circuit:
 
         Returns:
             The Circuit.
+
+        Raises:
+            ValueError: a file that `save` did not write.
         """
-        with np.load(path, allow_pickle=False) as stored:
+        try:
+            stored = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError):  # neither an array nor an archive of arrays
+            stored = None
+        if not isinstance(stored, np.lib.npyio.NpzFile) or "head" not in stored:
+            raise ValueError(f"{path} holds no circuit: give a file that Circuit.save wrote.")
+        with stored:
             head = json.loads(str(stored["head"]))
             return cls(Graph(**head["graph"]), stored["scores"], stored["kept"], head["unit"], head["meta"])
 

@@ -120,6 +120,14 @@ def test_save_and_load(tmp_path_factory, circuit):
     assert again.edges.equals(circuit.edges)
 
 
+def test_other_files_are_no_circuits(tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "other.npz", a=np.ones(3))
+    for name in ("text.npz", "other.npz"):
+        with pytest.raises(ValueError, match=f"{name} holds no circuit: give a file that Circuit.save wrote"):
+            Circuit.load(tmp_path / name)
+
+
 def test_edges_are_listed_by_size_of_score():
     graph = Graph(1, 1, 1)
     scores = np.where(graph.possible, np.arange(graph.possible.size).reshape(graph.possible.shape) - 4.0, 0)
