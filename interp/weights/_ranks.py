@@ -92,9 +92,14 @@ def ranks(
     n_heads, per_group = len(w_o), len(w_o) // len(z)
     low, high = _bounds(layout, z, w_o, w_u_targets)
     counts = torch.zeros(n_heads, len(layout.filled), 2, len(layout.sources), dtype=torch.int32, device=z.device)
-    tile = _Tile(layout, z.device)
+    tile, flat = _Tile(layout, z.device), w_o.flatten(0, 1)
+    # One piece of memory for all chunks: freed ones stay with the process, and add up to more than the plan.
+    whole = torch.empty(len(flat) * COLUMNS, device=z.device)
+    wide = None if w_u.dtype == torch.float32 else torch.empty(len(w_u), COLUMNS, device=z.device)
     for columns in batches(w_u.shape[1], COLUMNS):
-        c = (w_o.flatten(0, 1) @ w_u[:, columns].float()).unflatten(0, (n_heads, -1))
+        some = w_u[:, columns]
+        some = some if wide is None else wide[:, : some.shape[1]].copy_(some)
+        c = torch.mm(flat, some, out=whole[: len(flat) * some.shape[1]].view(len(flat), -1)).unflatten(0, (n_heads, -1))
         for head in range(n_heads):
             for rows in batches(len(layout.sources), ROWS):
                 tile.count(z[head // per_group, rows], c[head], low[head], high[head], rows, counts[head])

@@ -239,7 +239,7 @@ def plan(sizes: Model | Sizes, relations: Relations, *, fold_ln_in: bool = False
         >>> llama = Sizes(128_256, 4096, 128, 14_336, 32, 32, 8, 2)
         >>> found = plan(llama, Relations((copying,)))
         >>> round(found.filter(component="peak").table["value"].item() / 2**20)
-        130
+        114
     """
     s = Sizes.of(sizes) if isinstance(sizes, Model) else sizes
     source, target, _ = _pairs(relations)
@@ -259,7 +259,7 @@ def plan(sizes: Model | Sizes, relations: Relations, *, fold_ln_in: bool = False
         "value maps": 4 * s.d_model * s.n_key_value_heads * s.d_head * max(copies, 2 * fold_ln_in),
         "output maps": 4 * s.d_model * width * max(copies, 1),
         "unembedding, targets": n_targets * s.d_model * (4 + s.bytes_per_weight * copies),
-        "unembedding, a chunk": COLUMNS * (4 * s.d_model * copies + 8 * width),
+        "unembedding, a chunk": COLUMNS * (4 * s.d_model * copies + 4 * width),
         "bounds and counts": 4 * s.n_heads * slots * n * 4,
         "one head's pairs": 4 * 4 * n_pairs * s.d_head,
         "tile": 4 * 2 * ROWS * COLUMNS,
