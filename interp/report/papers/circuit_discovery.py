@@ -156,6 +156,22 @@ def node_scores(circuit: Circuit, kind: str = "m") -> np.ndarray:
     return circuit.scores[:, wanted].sum(0)
 
 
+def mlp_table(patched: pd.DataFrame, first: pd.DataFrame, relp: Circuit) -> pd.DataFrame:
+    """What whole MLPs do, patched with clean outputs in the corrupted run, beside two estimates of it.
+
+    Args:
+        patched: `activation.patch` of "mlp_out", summed up by layer.
+        first: `attribution.attribute` of the same, with gradients at the corrupted run.
+        relp: `eap.relp` with the coefficients of the corrupted run.
+
+    Returns:
+        A row a layer. RelP's scores say what cutting does, so they are turned round.
+    """
+    columns = {"patched": patched, "attribution patching": first}
+    table = pd.DataFrame({name: each.set_index("layer")["mean"] for name, each in columns.items()}).sort_index()
+    return table.assign(RelP=-node_scores(relp))
+
+
 def agreement(scores: Mapping[str, Circuit], patched: Circuit) -> pd.DataFrame:
     """Correlation of estimates with exact patching over the edges that were patched.
 
@@ -212,7 +228,7 @@ def measured(
     cpr: Mapping[str, Result],
     patched: Circuit,
     scores: Mapping[str, Circuit],
-    mlps: Result,
+    mlps: pd.DataFrame,
     sparse: pd.DataFrame,
     stable: float,
     ablations: Mapping[str, float],
@@ -228,7 +244,7 @@ def measured(
         cpr: the same of signed scores.
         patched: `exact.patch_edges` on IOI.
         scores: {method: circuit} of all edges on IOI.
-        mlps: `activation.patch` of "mlp_out" by layer on IOI, noising.
+        mlps: `mlp_table` on IOI.
         sparse: columns "edges" (share of all edges) and "faithfulness", of what ACDC kept on Greater-Than.
         stable: `resampled`.
         ablations: {ablation: faithfulness} of one circuit.
@@ -242,9 +258,7 @@ def measured(
     tasks = ("ioi", "greater_than")
     over = {name: [area(cmd[task], name, "cmd") for task in tasks] for name in ("EAP", "EAP-IG", "random")}
     gained = [area(cpr[task], "EAP-IG", "cpr") - area(cpr[task], "EAP", "cpr") for task in tasks]
-    # Noising is a fraction lost of the gap, and scores are changes of the metric: opposite signs.
-    effect = -mlps.summary(["layer"]).sort_values("layer")["mean"].to_numpy()
-    relp, first = (float(np.corrcoef(node_scores(scores[name]), effect)[0, 1]) for name in ("RelP", "EAP"))
+    relp, first = (float(mlps[name].corr(mlps["patched"])) for name in ("RelP", "attribution patching"))
     loose = compare.correlation(scores["EAP"].with_kept(patched.kept), patched).filter(
         component="all", metric="pearson"
     )

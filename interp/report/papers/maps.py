@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from interp.core.result import Result
 from interp.report.claims import untestable
+from interp.weights.causal import OWN, RANDOM
 from interp.weights.dynamic import POOLED, WITH, WITHOUT
 from interp.weights.maps import PROMOTES, SUPPRESSES
 from interp.weights.structure import THRESHOLD
@@ -175,3 +178,34 @@ def patterns(described: Result) -> pd.DataFrame:
         "mean share": by_kind["value"].mean(), "by chance": by_kind["value_control"].mean(),
         "heads with p <= 0.05": by_kind["value_p"].apply(lambda p: (p <= 0.05).mean()),
     }).sort_values("mean share", ascending=False).round(3)  # fmt: skip
+
+
+def draw_curves(curves: Result) -> Figure:
+    """Accuracy by the number of heads removed: a relation's own beside random ones, a panel a relation.
+
+    Args:
+        curves: `causal.ablation_curves`.
+
+    Returns:
+        The figure.
+    """
+    table = curves.table[curves.table["src"] == curves.table["target"]]
+    names = list(dict.fromkeys(table["target"]))
+    n_rows = -(-len(names) // 4)
+    figure, axes = plt.subplots(
+        n_rows, 4, figsize=(7, 1.5 * n_rows + 0.4), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names, strict=False):
+        own = table[table["target"] == name]
+        start = own[own["step"] == 0]
+        for component in (OWN, RANDOM):
+            part = pd.concat([start, own[(own["component"] == component) & (own["step"] > 0)]])
+            part.groupby("step")["value"].mean().plot(ax=ax, marker=".", markersize=3, linewidth=1, label=component)
+        ax.set_title(name, fontsize="small")
+        ax.set(xlabel="", ylim=(-0.03, 1.03))
+    figure.supxlabel("heads removed, by static score", fontsize="small")
+    figure.supylabel("accuracy", fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize="x-small")
+    return figure
