@@ -289,7 +289,7 @@ def _acdc_random() -> list[dict[str, Any]]:
 def _acdc_default() -> list[dict[str, Any]]:
     model = interp.load(_DEFAULT)
     task = ioi(model, 4)
-    return _acdc(model, task, eap(model, task).greedy(100), 0.02, "logit_diff", "IOI from EAP's best edges", _DEFAULT)
+    return _acdc(model, task, eap(model, task).top(300), 0.02, "logit_diff", "IOI from EAP's best edges", _DEFAULT)
 
 
 def _cases() -> dict[str, Callable[[], list[dict[str, Any]]]]:
