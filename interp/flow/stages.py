@@ -42,6 +42,8 @@ def locate(found: Result, *, entity: str, relation: str | None, last: str = "end
     Raises:
         ValueError: a role that no prompt has, or one name for two roles.
 
+    Cost: none beside `logit_flow.flow`.
+
     Example:
         >>> from interp.flow.logit_flow import flow
         >>> from interp.models import planted

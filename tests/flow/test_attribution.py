@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import interp
 from interp.flow import _increase, attribution
 from interp.flow._direct import asked, frozen
 from interp.models import load, planted, toy
@@ -92,6 +93,19 @@ def test_neurons_sum_to_what_their_layer_writes(architecture):
         ]
         bias = torch.stack([(head.pull(row) * each).sum(1) for each in written], 1).detach().numpy()
         np.testing.assert_allclose(layers, summed + bias, **CLOSE)
+
+
+def test_the_default_model(smol):
+    task = interp.tasks.country_capital(smol, 2)
+    for by in ("source", "component"):
+        found = attribution.attribute(smol, task, by=by, quantity="logit_diff")
+        expected = expected_total(smol, task, "logit_diff")
+        # The bridge and the program add up in another order, over 30 layers with activations of tens of thousands.
+        np.testing.assert_allclose(found.table.groupby("prompt")["value"].sum(), expected, atol=1e-3)
+        np.testing.assert_allclose(found.table.groupby("prompt")["value"].sum(), found.arrays["total"][1], atol=1e-4)
+    found = attribution.attribute(smol, task[:1], by="neuron", quantity="log_prob_increase", top_k=10)
+    assert found.arrays["offered"][1] == 30 * 1536
+    assert found.arrays["evaluated"][1] < 400  # hundreds of 46,080, whatever rounding does at the bar
 
 
 # --- part by part, from TransformerLens's own hooks ----------------------------------------------------------------
