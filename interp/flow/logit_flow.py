@@ -229,6 +229,14 @@ def failures(model: Model, task: Task, *, pos: str | int | None = None, top_k: i
         ValueError: the model gets every prompt right; and as `flow`.
 
     Cost: that of `flow`, twice for each wrong prompt.
+
+    Example:
+        >>> from interp.models import planted
+        >>> case = planted.ioi_like()
+        >>> task = Task("doc", case.prompts, case.clean, "planted", answers=case.wrong, positions=case.positions)
+        >>> found = failures(case.model, task[:2], n_steps=1)
+        >>> found.arrays["layer"][1].tolist(), found.arrays["prediction"][1].tolist() == case.answers[:2].tolist()
+        ([2, 2], True)
     """
     question = asked(model, program(model), task, pos, "answer", compare=False)
     said = predicted(model, task, pos=pos)

@@ -105,6 +105,16 @@ def compare(first: Result, second: Result, *, groups: Mapping[str, Sequence[str]
 
     Raises:
         ValueError: a role that one of the two has not.
+
+    Example:
+        >>> from interp.flow.logit_flow import flow
+        >>> from interp.models import planted
+        >>> from interp.tasks.task import Task
+        >>> case = planted.ioi_like()
+        >>> task = Task("doc", case.prompts, case.clean, "planted", answers=case.answers, positions=case.positions)
+        >>> found = flow(case.model, task[:3], n_steps=1)
+        >>> compare(found, found, groups={"names": ["io", "s1"]})[["component", "target", "ratio"]].values.tolist()
+        [['attn', 'names', 1.0], ['mlp', 'names', nan]]
     """
     tables = [roles(each).table for each in (first, second)]
     if groups is None:
