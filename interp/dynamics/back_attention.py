@@ -72,7 +72,7 @@ class Small(nn.Module):
         streams: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
-            def store(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            def store(module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 streams[name] = inputs[0]
 
             return store
