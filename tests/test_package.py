@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -239,15 +240,34 @@ def test_readme_verdicts_are_the_stored_notebooks():
     assert len(written.splitlines()) > 2, "no notebook has stored claims"
 
 
+def test_readme_speeds_are_the_stored_benchmarks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = text.partition(readme.SPEED_BEGIN)[2].partition(readme.SPEED_END)[0].strip()
+    assert written == readme.speed_table(ROOT / "benchmarks" / "results"), "run `make readme`"
+    assert len(written.splitlines()) > 2, "no benchmark has stored results"
+
+
 def test_readme_update_replaces_only_the_table(tmp_path: Path):
     page = tmp_path / "README.md"
     verdicts = f"{readme.VERDICTS_BEGIN}\nold verdicts\n{readme.VERDICTS_END}\n"
-    page.write_text(f"# above\n{readme.BEGIN}\nan old table\n{readme.END}\nbelow\n{verdicts}", encoding="utf-8")
+    speeds = f"{readme.SPEED_BEGIN}\nold speeds\n{readme.SPEED_END}\n"
+    page.write_text(f"# above\n{readme.BEGIN}\nan old table\n{readme.END}\nbelow\n{verdicts}{speeds}", encoding="utf-8")
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    row = {
+        "case": "a|b, cpu", "value": 12.345, "unit": "times faster", "target": 3.0, "better": "higher", "busy": True,
+        "peer_name": "loops", "parity": 1.5e-6, "model": "m",
+    }  # fmt: skip
+    rows = [row, row | {"case": "a, wall"}, row | {"case": "c", "busy": False, "better": "lower", "parity": None}]
+    (results / "some.json").write_text(json.dumps(rows), encoding="utf-8")
     assert readme.update(page)
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"# above\n{readme.BEGIN}\n| call |")
     assert f"|\n{readme.END}\nbelow\n{readme.VERDICTS_BEGIN}\n| paper |" in text
-    assert "an old table" not in text and "old verdicts" not in text
+    assert "an old table" not in text and "old verdicts" not in text and "old speeds" not in text
+    link = "[some](benchmarks/results/some.json)"
+    assert f"| {link} | a/b | 12.35 times faster \\* | at least 3 | loops | 2e-06 |\n" in text
+    assert f"| {link} | c | 12.35 times faster | at most 3 | loops |  |\n{readme.SPEED_END}" in text
     assert not readme.update(page)
 
 

@@ -1,4 +1,4 @@
-"""Which methods does the README list, and what picture does it show? A table made from the registry, a stored figure.
+"""Which tables does the README have, and what picture? The registry's methods, the notebooks' verdicts, the benchmarks.
 
 Run `python -m interp.report.readme` (or `make readme`) after adding a method or running the notebooks again; a test
 fails when the README has drifted.
@@ -6,6 +6,7 @@ fails when the README has drifted.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -18,6 +19,8 @@ BEGIN = "<!-- methods: begin (written by `make readme`) -->"
 END = "<!-- methods: end -->"
 VERDICTS_BEGIN = "<!-- verdicts: begin (written by `make readme`) -->"
 VERDICTS_END = "<!-- verdicts: end -->"
+SPEED_BEGIN = "<!-- speed: begin (written by `make readme`) -->"
+SPEED_END = "<!-- speed: end -->"
 
 
 def method_table() -> str:
@@ -48,11 +51,40 @@ def verdict_table() -> str:
     return "\n".join(lines)
 
 
-def update(path: str | os.PathLike[str] = "README.md") -> bool:
-    """Rewrite both tables of a README between their markers; leave the rest alone.
+def speed_table(folder: str | os.PathLike[str] = "benchmarks/results") -> str:
+    """What the benchmarks measured: CPU time, arithmetic and memory, by the rows stored in their results.
 
     Args:
-        path: the README, with all four marker lines in it.
+        folder: of the JSON files; those of a GPU, named `<benchmark>_<gpu>.json`, are left out.
+
+    Returns:
+        A Markdown table, one row a case: its file, the number beside its target, what it is compared with, and the
+        largest difference of the two outcomes. Cases of a busy machine are marked with an asterisk.
+    """
+    lines = [
+        "| benchmark | case | measured | target | against | largest difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for file in sorted(Path(folder).glob("*.json")):
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        models = {row["model"] for row in rows}
+        for row in rows:
+            if "wall" in row["case"].split(", ")[-1]:
+                continue
+            case = row["case"].removesuffix(", cpu") + (f" ({row['model']})" if len(models) > 1 else "")
+            bound = ("at least" if row["better"] == "higher" else "at most") + f" {row['target']:g}"
+            value = f"{row['value']:.4g} {row['unit']}" + (" \\*" if row["busy"] else "")
+            gap = "" if row.get("parity") is None else f"{row['parity']:.0e}"
+            cells = (f"[{file.stem}](benchmarks/results/{file.name})", case, value, bound, row["peer_name"] or "", gap)
+            lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def update(path: str | os.PathLike[str] = "README.md") -> bool:
+    """Rewrite the tables of a README between their markers; leave the rest alone.
+
+    Args:
+        path: the README, with all six marker lines in it; the results of the benchmarks lie beside it.
 
     Returns:
         Whether the file changed.
@@ -64,6 +96,7 @@ def update(path: str | os.PathLike[str] = "README.md") -> bool:
     text = path.read_text(encoding="utf-8")
     new = _between(path, text, BEGIN, END, method_table())
     new = _between(path, new, VERDICTS_BEGIN, VERDICTS_END, verdict_table())
+    new = _between(path, new, SPEED_BEGIN, SPEED_END, speed_table(path.parent / "benchmarks" / "results"))
     if new != text:
         path.write_text(new, encoding="utf-8")
     return new != text

@@ -123,6 +123,22 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     return wide.loc[list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["net"]))]
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """`shown` as a table of the README, with the seconds that each method took for all nets.
+
+    Args:
+        table: of `planted_table`.
+
+    Returns:
+        A Markdown table.
+    """
+    wide = shown(table)
+    lines = [["method", *wide.columns, "CPU s"], ["---"] * (len(wide.columns) + 2)]
+    seconds = table.groupby("method")["seconds"].sum()
+    lines += [[str(name), *row, f"{seconds[name]:.1f}"] for name, row in wide.iterrows()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def sample(circuit: Circuit, n: int, seed: int) -> Circuit:
     """The n best edges and n random others, to be patched exactly.
 
