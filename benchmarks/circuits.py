@@ -33,6 +33,7 @@ from interp.circuits._ablated import ablated
 from interp.circuits._edges import as_weights
 from interp.circuits.acdc import acdc
 from interp.circuits.eap import eap, eap_ig
+from interp.circuits.flow_routes import components
 from interp.models import toy
 from interp.tasks import Task
 
@@ -292,6 +293,57 @@ def _acdc_default() -> list[dict[str, Any]]:
     return _acdc(model, task, eap(model, task).top(300), 0.02, "logit_diff", "IOI from EAP's best edges", _DEFAULT)
 
 
+# ---- growth
+
+
+def _random_llama(n_layers: int, n_pos: int, n: int = 8) -> tuple[interp.Model, Task]:
+    """A random Llama with keys and values in groups, and pairs without a token in common."""
+    config = transformers.LlamaConfig(
+        num_hidden_layers=n_layers, hidden_size=256, num_attention_heads=8, num_key_value_heads=4, vocab_size=1024,
+        intermediate_size=768, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = interp.models.load(module, tokenizer=toy.tokenizer(64), weights="raw")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, config.vocab_size, (2, n, n_pos), generator=generator)
+    answers = torch.randint(2, config.vocab_size, (2, n), generator=generator)
+    names = tuple(f"pair {i}" for i in range(n))
+    return model, Task("random pairs", names, tokens[0], "random tokens", tokens[1], answers[0], answers[1])
+
+
+def _growth() -> list[dict[str, Any]]:
+    """How the time grows with layers, edges and tokens: slopes of log time against log size."""
+    layers, positions = (4, 8, 16, 32), (8, 16, 32)
+    sized = {f"{n} layers": _random_llama(n, 16) for n in layers}
+    sized |= {f"{n} tokens": _random_llama(8, n) for n in positions}
+    times = interleave({name: partial(eap, *made) for name, made in sized.items()})
+    seconds = {name: median(found["cpu"]) for name, found in times.items()}
+    edges = [Graph.of(sized[f"{n} layers"][0]).n_edges for n in layers]
+    by_layer, by_token = (
+        [seconds[f"{n} {what}"] for n in of] for of, what in ((layers, "layers"), (positions, "tokens"))
+    )
+    routed = {str(n): interp.tasks.text(interp.load(_DEFAULT), n_prompts=1, length=n) for n in (32, 64, 128)}
+    model = interp.load(_DEFAULT)
+    flow = interleave({name: partial(components, model, task) for name, task in routed.items()}, repeats=3, warmups=1)
+    by_length = [median(flow[name]["cpu"]) for name in routed]
+    fits = (
+        ("EAP with layers", layers, by_layer, 2, "the passes grow as layers, the scores as their square"),
+        ("EAP with edges", edges, by_layer, 1, "edges grow as the square of layers"),
+        ("EAP with tokens", positions, by_token, 1, "expected 1"),
+        ("flow routes with tokens", tuple(map(int, routed)), by_length, 2, "pairs of tokens"),
+    )
+    return [
+        {
+            "case": f"growth of {what} {tuple(sizes)}, cpu", "target": expected + 0.2, "better": "lower",
+            "value": round(float(np.polyfit(np.log(sizes), np.log(spent), 1)[0]), 2), "unit": "exponent", "ours": spent,
+            "peer": None, "peer_name": why, "parity": None, "model": "random Llama" if "EAP" in what else _DEFAULT,
+        }
+        for what, sizes, spent, expected, why in fits
+    ]  # fmt: skip
+
+
 def _cases() -> dict[str, Callable[[], list[dict[str, Any]]]]:
     """By name, a function that measures and returns rows."""
     return {
@@ -301,6 +353,7 @@ def _cases() -> dict[str, Callable[[], list[dict[str, Any]]]]:
         "published_eap_ig": partial(_against_published, 5, 4),
         "acdc_random": _acdc_random,
         "acdc": _acdc_default,
+        "growth": _growth,
     }
 
 
