@@ -27,9 +27,26 @@ class Checkpoint:
         name = hashlib.sha256(key.encode()).hexdigest()
         self._file = None if identity is None else cache_folder() / "searches" / f"{name}.npz"
 
-    def load(self) -> dict[str, np.ndarray] | None:
-        """The state that an interrupted search left, or None."""
-        return None if self._file is None else _read(self._file)
+    def load(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
+        """The state that an interrupted search left.
+
+        Args:
+            shapes: of each array of a state; -1 for a length that is any.
+
+        Returns:
+            The arrays; None if there are none, they cannot be read, or they are not such arrays (another version of
+            this library may have left them), so that the search starts anew.
+        """
+        state = None if self._file is None else _read(self._file)
+        if state is None or state.keys() != shapes.keys():
+            return None
+        fits = all(
+            state[name].dtype.kind in "bif"
+            and state[name].ndim == len(shape)
+            and all(want in (-1, have) for want, have in zip(shape, state[name].shape, strict=True))
+            for name, shape in shapes.items()
+        )
+        return state if fits else None
 
     def store(self, state: Mapping[str, np.ndarray]) -> None:
         """Put a state in the place of the one before, whole or not at all."""

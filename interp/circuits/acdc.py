@@ -180,7 +180,11 @@ class _Search:
         checkpoint = Checkpoint(None if isinstance(self.made.metric, Readout) else identity)
         kept, scores, counts = self.first.copy(), np.zeros(self.first.shape), np.zeros(3)
         wrote, current, done = self.wrote.clone(), self.value, 0
-        if (state := checkpoint.load()) is not None:
+        shapes = {
+            "kept": kept.shape, "scores": scores.shape, "counts": counts.shape, "nodes": (-1,),
+            "wrote": (-1, *wrote.shape[1:]), "current": (), "done": (),
+        }  # fmt: skip
+        if (state := checkpoint.load(shapes)) is not None:
             kept, scores, counts = state["kept"], state["scores"], state["counts"]
             wrote[torch.from_numpy(state["nodes"]).to(wrote.device)] = torch.from_numpy(state["wrote"]).to(wrote)
             current, done = float(state["current"]), int(state["done"])

@@ -110,7 +110,7 @@ def edge_pruning(
     )  # fmt: skip
     checkpoint = Checkpoint(None if isinstance(metric, Readout) else meta)
     training = _Training(made, runs, lr, lr_multipliers, seed)
-    begun = checkpoint.load()
+    begun = checkpoint.load(training.shapes())
     if begun is not None:
         training.restore(begun)
     distance = math.nan
@@ -206,6 +206,13 @@ class _Training:
             own = optimiser.state[parameter]
             found |= {name: parameter.detach(), f"{name}_mean": own["exp_avg"], f"{name}_square": own["exp_avg_sq"]}
         return {name: each.cpu().numpy() if isinstance(each, Tensor) else each for name, each in found.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the arrays of `state`."""
+        found: dict[str, tuple[int, ...]] = {"step": ()}
+        for name, parameter, _ in self._parts():
+            found |= dict.fromkeys((name, f"{name}_mean", f"{name}_square"), tuple(parameter.shape))
+        return found
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Go on where `state` was taken."""

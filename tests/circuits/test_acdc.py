@@ -187,6 +187,33 @@ def test_an_interrupted_search_goes_on_to_the_same_circuit(monkeypatch, tmp_path
     assert not list(tmp_path.rglob("*.npz"))
 
 
+def test_a_state_that_is_foreign_or_damaged_starts_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path))
+    model, task = random_task("llama")
+    want = acdc(model, task, tau=0.1)
+    whole = acdc_module._Search._layer
+
+    def stop(self, layer, *rest):
+        if layer == 1:
+            raise KeyboardInterrupt
+        return whole(self, layer, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(acdc_module._Search, "_layer", stop)
+        acdc(model, task, tau=0.1)
+    (file,) = tmp_path.rglob("*.npz")
+    begun = dict(np.load(file))
+    older = {name: each for name, each in begun.items() if name != "wrote"}
+    for state in (older, {**begun, "kept": begun["kept"][1:]}, {**begun, "wrote": begun["wrote"].astype(str)},
+                  {**begun, "more": np.zeros(2)}):  # fmt: skip
+        np.savez(file, **state)
+        again = acdc(model, task, tau=0.1)
+        assert (again.scores == want.scores).all()
+        assert again.meta == want.meta
+    file.write_bytes(b"no archive")
+    assert (acdc(model, task, tau=0.1).scores == want.scores).all()
+
+
 def test_the_counted_flops_are_those_that_are_done(monkeypatch):
     model, task = random_task("gpt2", n=4, length=12, shared=6)
     done, inner = [], acdc_module._Search._layer

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from interp.circuits._ablated import ablated, metric_of
+from interp.circuits._checkpoint import Checkpoint
 from interp.circuits.edge_pruning import drawn, edge_pruning, stays
 from interp.circuits.graph import Graph
 from interp.core.readout import readout
@@ -112,6 +113,26 @@ def test_an_interrupted_training_goes_on_to_the_same_masks(monkeypatch, tmp_path
     assert steps == [*range(11), *range(8, 14)]
     assert (again.scores == want.scores).all()
     assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_state_of_another_version_is_not_gone_on_from(monkeypatch, tmp_path):
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_EVERY", 2)
+    model, task = random_task()
+    want = edge_pruning(model, task, sparsity=0.5, steps=5)
+    load = Checkpoint.load
+    for change in ({"step": None}, {"log_alpha": np.zeros(3)}):
+        states = []
+
+        def older(self, shapes, change=change, states=states):
+            state = {name: np.ones(shape) for name, shape in shapes.items()} | change
+            self.store({name: each for name, each in state.items() if each is not None})
+            states.append(load(self, shapes))
+            return states[-1]
+
+        monkeypatch.setattr(Checkpoint, "load", older)
+        assert (edge_pruning(model, task, sparsity=0.5, steps=5).scores == want.scores).all()
+        assert states == [None]
 
 
 def test_the_model_needs_no_gradients_and_gets_none():
