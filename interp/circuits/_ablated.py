@@ -135,6 +135,9 @@ def metric_of(made: Ablated, kept: np.ndarray, *, identity: Mapping[str, Any]) -
     Returns:
         `[batch cell]`.
 
+    Raises:
+        ValueError: a metric that is not finite; the prompt is named.
+
     Cost: about 2.3 forward passes a cell and prompt. Can be stopped and resumed, unless the metric is a Readout.
     """
 
@@ -148,14 +151,27 @@ def metric_of(made: Ablated, kept: np.ndarray, *, identity: Mapping[str, Any]) -
 
     n = len(made.task)
     if isinstance(made.metric, Readout):
-        return np.concatenate([compute(rows)["metric"] for rows in batches(n, made.batch_size)])
+        return _finite(made, np.concatenate([compute(rows)["metric"] for rows in batches(n, made.batch_size)]))
     whole = provenance(
         made.model, made.task, **identity, metric=made.metric, edges=_digest(kept), ablation=made.source.name
     )
     taken = [] if made.source.tokens is None else [made.source.tokens.cpu().numpy()]
     whole["source"] = _digest(*taken, *(numbers(mean) for _, mean in sorted(made.source.means.items())))
     found = sweep(n, compute, batch_size=made.batch_size, identity=whole, description=str(identity["method"]))
-    return found["metric"]
+    return _finite(made, found["metric"])
+
+
+def _finite(made: Ablated, values: np.ndarray) -> np.ndarray:
+    """The values, if they are numbers: one that is none would make every mean none, without saying where."""
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        row, cell = wrong[0].tolist()
+        raise ValueError(
+            f"task {made.task.name!r}, prompt {row} ({made.task.prompts[row]!r}): the metric is not finite with set "
+            f"{cell} of the {values.shape[1]} sets of edges that were run, so activations or the metric overflow "
+            "there. Load the model in float32, leave the prompt out, or take another ablation."
+        )
+    return values
 
 
 def _digest(*arrays: np.ndarray) -> str:

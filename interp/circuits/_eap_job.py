@@ -66,12 +66,6 @@ class Job:
                 raise ValueError(
                     f"task {task.name!r}, prompt {row}: clean and corrupt are the same tokens: leave it out."
                 )
-            if task.mask is not None and bool(((corrupt != task.clean) & ~task.mask.bool()).any()):
-                row = int(((corrupt != task.clean) & ~task.mask.bool()).any(1).nonzero()[0])
-                raise ValueError(
-                    f"task {task.name!r}, prompt {row}: the corrupt prompt differs where the clean one has padding, so "
-                    "they are not aligned: make the task with Task.from_pairs, which compares lengths."
-                )
 
     @property
     def _paired(self) -> bool:

@@ -30,13 +30,21 @@ def require_pairs(task: Task) -> Tensor:
         `[batch pos]`.
 
     Raises:
-        ValueError: the task has none.
+        ValueError: the task has none, or one that differs from its clean prompt where that has padding.
     """
     if task.corrupt is None:
         raise ValueError(
             f"task {task.name!r} has no corrupted prompts: make one with Task.from_pairs(model, ...), or take the "
             "values from elsewhere, for example source='zero'."
         )
+    if task.mask is not None:
+        # One mask serves both, so a corrupted prompt that is longer would lose its first tokens without a word.
+        apart = ((task.corrupt != task.clean) & ~task.mask.bool()).any(1)
+        if bool(apart.any()):
+            raise ValueError(
+                f"task {task.name!r}, prompt {int(apart.nonzero()[0])}: the corrupt prompt differs where the clean one "
+                "has padding, so they are not aligned: make the task with Task.from_pairs, which compares lengths."
+            )
     return task.corrupt
 
 

@@ -379,3 +379,26 @@ def test_the_metric_may_be_read_before_the_end(models):
     with torch.no_grad():
         want = torch.stack([slow(model, early, graph, each, off_of(model, early, "corrupt")) for each in kept])
     assert torch.allclose(got, want, atol=CLOSE)
+
+
+def test_a_metric_that_is_not_finite_is_refused_with_its_prompt(models):
+    model = models("llama")
+    task = pairs(model)
+    read = readout(model, task, "logit_diff")
+    kept = Graph.of(model).possible[None]
+
+    def score(logits, rows):
+        return torch.where(rows == 2, float("nan"), read.score(logits, rows))
+
+    made = ablated(model, task, Graph.of(model), metric=replace(read, score=score))
+    with pytest.raises(ValueError, match=r"prompt 2 .*not finite with set 0 of the 1 sets"):
+        metric_of(made, kept, identity={"method": "test"})
+
+
+def test_a_corrupt_prompt_that_is_longer_than_its_clean_one_is_refused(models):
+    model = models("llama")
+    task = pairs(model, padded=True)
+    longer = task.corrupt.clone()
+    longer[2, 1] += 1
+    with pytest.raises(ValueError, match="prompt 2: the corrupt prompt differs where the clean one has padding"):
+        ablated(model, replace(task, corrupt=longer), Graph.of(model))

@@ -219,7 +219,7 @@ def test_backup_head_makes_up_for_the_primary_one():
 def small_ioi(model, n=6, length=10) -> Task:
     clean, corrupt = (toy.random_tokens(model, n, length, seed=seed) for seed in (1, 2))
     mask = torch.ones_like(clean)
-    mask[0, :2] = 0
+    mask[0, :2], corrupt[0, :2] = 0, clean[0, :2]
     at = {"indirect_object": 3, "subject1": 4, "after_subject1": 5, "subject2": 7, "end": length - 1}
     positions = {name: torch.full((n,), place) for name, place in at.items()}
     logits = [run(model, tokens, mask=mask).logits[:, -1] for tokens in (clean, corrupt)]

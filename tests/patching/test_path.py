@@ -140,7 +140,8 @@ def test_a_sender_set_to_zero(random_model, random_task):
     np.testing.assert_allclose(fast.table["value"], slow.table["value"], atol=TOLERANCE, rtol=0)
     # A head that is set to zero writes nothing, wherever its value came from: the corrupted prompt does not matter.
     same = patch(model, task, senders=[Node("z", 1, 2)], source="zero").table["value_metric"]
-    other = dataclasses.replace(task, corrupt=task.corrupt.flip(0))  # type: ignore[union-attr]
+    flipped = torch.where(task.mask.bool(), task.corrupt.flip(0), task.corrupt)  # type: ignore[union-attr]
+    other = dataclasses.replace(task, corrupt=flipped)
     np.testing.assert_array_equal(
         same, patch(model, other, senders=[Node("z", 1, 2)], source="zero", min_oriented=0.0).table["value_metric"]
     )
