@@ -335,7 +335,8 @@ def _relp(
 
 
 def _refuse_kl(metric: str | Readout, *, at_clean: bool) -> None:
-    if metric == "kl" and at_clean:
+    name = metric.name if isinstance(metric, Readout) else metric
+    if name == "kl" and at_clean:
         raise ValueError(
             "the gradient of a divergence from the clean run is 0 at the clean run: take metric='logit_diff' or "
             "'log_prob', or points on a path, eap_ig(..., steps=5)."

@@ -453,6 +453,7 @@ def test_refusals():
     alone = dataclasses.replace(task, corrupt=None)
     for call, words in (
         (lambda: eap(model, task, metric="kl"), "gradient of a divergence from the clean run is 0"),
+        (lambda: eap(model, task, metric=readout(model, task, "kl")), "gradient of a divergence"),
         (lambda: eap_ig(model, task, metric="kl", steps=1), "gradient of a divergence"),
         (lambda: relp(model, task, metric="kl", at="clean"), "gradient of a divergence"),
         (lambda: eap(model, alone), "has no corrupted prompts"),
