@@ -45,58 +45,52 @@ def function_tables(n_symbols: int, n_functions: int, *, seed: int = 0) -> Int[T
 
 
 def function_composition(
-    n_symbols: int = 16, n_functions: int = 8, *, held_out: float = 0.2, single: float = 0.5, seed: int = 0
+    n_symbols: int = 8, n_functions: int = 16, *, held_out: float = 0.1, seed: int = 0
 ) -> Synthetic:
-    """Prompts "x f g =" whose answer is g(f(x)), beside "x f =", whose answer is f(x).
+    """Prompts "x f g =" whose answer is g(f(x)); in training the single fact f(x) is asked for too, after f.
 
-    All single facts are trained on; a share of the triples (x, f, g) is not, and is what is measured. Who answers them
-    has learned to apply one function to the value of another. Token 2 + x is the symbol x, then come the functions,
-    and "=". The shorter prompts end with token 1, without a target.
+    All single facts are trained on; a share of the triples (x, f, g) is not, and is what is measured, at "=" alone. Who
+    answers them has learned to apply one function to the value of another. Token 2 + x is the symbol x, then come the
+    functions, and "=".
 
     Args:
         n_symbols: symbols.
         n_functions: functions, see `function_tables`.
         held_out: share of the triples that are held out.
-        single: share of the training prompts that have one function.
         seed: of the tables and of the choice of triples.
 
     Returns:
         The `Synthetic` prompts, 4 tokens each.
 
     Raises:
-        ValueError: fewer than two symbols or one function, or shares that leave nothing to train on or to hold out.
+        ValueError: fewer than two symbols or one function, or a share that leaves nothing to train on or to hold out.
 
     Example:
         >>> made = function_composition(n_symbols=5, n_functions=3)
         >>> tokens, targets = made.held_out
         >>> tokens.shape, targets[0, :3].tolist(), made.d_vocab
-        (torch.Size([9, 4]), [-100, -100, -100], 11)
+        (torch.Size([4, 4]), [-100, -100, -100], 11)
     """
     _require(
         min(n_symbols, 2 * n_functions) >= 2, f"n_symbols={n_symbols}, n_functions={n_functions}: at least 2 and 1"
     )
-    _require(0 <= single < 1, f"single={single}: at least 0 and below 1")
     tables = function_tables(n_symbols, n_functions, seed=seed)
     first, equals = 2 + n_symbols, 2 + n_symbols + n_functions
     triples = torch.cartesian_prod(torch.arange(n_symbols), torch.arange(n_functions), torch.arange(n_functions))
     trained, kept = _divided(triples, held_out, seed)
 
-    def double(rows: Tensor) -> Batch:
+    def prompts(rows: Tensor) -> Batch:
         x, f, g = rows.unbind(1)
         tokens = torch.stack([2 + x, first + f, first + g, torch.full_like(x, equals)], 1)
         return tokens, _last(tokens, 2 + tables[g, tables[f, x]])
 
     def batch(generator: torch.Generator, n: int) -> Batch:
-        tokens, targets = double(trained[torch.randint(len(trained), (n,), generator=generator)])
-        x = torch.randint(n_symbols, (n,), generator=generator)
-        f = torch.randint(n_functions, (n,), generator=generator)
-        short = torch.stack([2 + x, first + f, torch.full_like(x, equals), torch.ones_like(x)], 1)
-        answers = _last(short[:, :3], 2 + tables[f, x])
-        answers = torch.cat([answers, torch.full((n, 1), IGNORED)], 1)
-        chosen = (torch.rand(n, 1, generator=generator) < single).expand(-1, 4)
-        return torch.where(chosen, short, tokens), torch.where(chosen, answers, targets)
+        rows = trained[torch.randint(len(trained), (n,), generator=generator)]
+        tokens, targets = prompts(rows)
+        targets[:, 1] = 2 + tables[rows[:, 1], rows[:, 0]]
+        return tokens, targets
 
-    return Synthetic(batch, double(kept), equals + 1, 4)
+    return Synthetic(batch, prompts(kept), equals + 1, 4)
 
 
 def double_sum(modulus: int = 23, *, held_out: float = 0.2, seed: int = 0) -> Synthetic:
