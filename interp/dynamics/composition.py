@@ -63,7 +63,7 @@ def function_composition(
         The `Synthetic` prompts, 4 tokens each.
 
     Raises:
-        ValueError: fewer than two symbols or one function, or a share that leaves nothing to train on or to hold out.
+        ValueError: fewer than two symbols or functions, or a share that leaves nothing to train on or to hold out.
 
     Example:
         >>> made = function_composition(n_symbols=5, n_functions=3)
@@ -71,9 +71,7 @@ def function_composition(
         >>> tokens.shape, targets[0, :3].tolist(), made.d_vocab
         (torch.Size([4, 4]), [-100, -100, -100], 11)
     """
-    _require(
-        min(n_symbols, 2 * n_functions) >= 2, f"n_symbols={n_symbols}, n_functions={n_functions}: at least 2 and 1"
-    )
+    _require(min(n_symbols, n_functions) >= 2, f"n_symbols={n_symbols}, n_functions={n_functions}: at least 2 of each")
     tables = function_tables(n_symbols, n_functions, seed=seed)
     first, equals = 2 + n_symbols, 2 + n_symbols + n_functions
     triples = torch.cartesian_prod(torch.arange(n_symbols), torch.arange(n_functions), torch.arange(n_functions))
@@ -133,12 +131,18 @@ def double_sum(modulus: int = 23, *, held_out: float = 0.2, seed: int = 0) -> Sy
 
 
 def _divided(triples: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The triples to train on, and those to hold out."""
+    """The triples to train on, and those to hold out; one of each first two numbers is always trained on."""
     n = round(held_out * len(triples))
-    _require(0 < n < len(triples), f"held_out={held_out} of {len(triples)} combinations is {n}: some, and not all")
     # Not the generator of the tables: the choice must not depend on how many numbers they took.
     order = torch.randperm(len(triples), generator=torch.Generator().manual_seed(seed + 1))
-    return triples[order[n:]], triples[order[:n]]
+    # `triples` is sorted: those with the same beginning are neighbours, and a random one of them stays.
+    size = int(triples[:, 2].max()) + 1
+    stays = order.view(-1, size).argmin(1) + size * torch.arange(len(triples) // size)
+    free = order[~torch.isin(order, stays)]
+    _require(0 < n <= len(free), f"held_out={held_out} of {len(triples)} combinations is {n}: 1 to {len(free)}")
+    kept = torch.zeros(len(triples), dtype=torch.bool)
+    kept[free[:n]] = True
+    return triples[~kept], triples[kept]
 
 
 def _last(tokens: Tensor, answers: Tensor) -> Tensor:
