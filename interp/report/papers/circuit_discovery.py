@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 
 from interp.circuits import acdc, compare, eap, edge_pruning, exact, faithfulness, route_edges
@@ -156,6 +157,45 @@ def sample(circuit: Circuit, n: int, seed: int) -> Circuit:
     kept = best.copy()
     kept[tuple(drawn.T)] = True
     return circuit.with_kept(kept)
+
+
+def in_forwards(model: Model, task: Task, run: Callable[[], Any], *, repeats: int = 3) -> float:
+    """CPU time of something, in plain forward passes over the clean prompts.
+
+    Args:
+        model: a decoder.
+        task: the prompts.
+        run: what is timed.
+        repeats: of both, in turn, after one of each that is not counted; medians are compared.
+
+    Returns:
+        The ratio.
+    """
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(task.clean)
+
+    spent: list[list[float]] = [[], []]
+    for turn in range(repeats + 1):
+        for index, function in enumerate((run, forward)):
+            start = time.process_time()
+            function()
+            if turn:
+                spent[index].append(time.process_time() - start)
+    return float(np.median(spent[0]) / np.median(spent[1]))
+
+
+def side_by_side(columns: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """Series of one index as a rounded table.
+
+    Args:
+        columns: {name: series}.
+
+    Returns:
+        The table.
+    """
+    return pd.DataFrame(dict(columns)).round(2)
 
 
 def node_scores(circuit: Circuit, kind: str = "m") -> np.ndarray:
