@@ -56,7 +56,7 @@ def steps_of(model: Model, exact_path: ExactPath | None) -> Program | NoProgramE
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Weights without gradients, so that a backward pass costs one forward and keeps nothing for them.
+    """Gradients on, also where a caller has turned them off, but none of weights: a backward pass costs one forward.
 
     Args:
         model: whose weights are as they were afterwards.
@@ -68,7 +68,8 @@ def frozen(model: Model) -> Iterator[None]:
     for weight in trained:
         weight.requires_grad_(False)
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         for weight in trained:
             weight.requires_grad_(True)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from interp.circuits.circuit import Circuit
-from interp.circuits.eap import eap, eap_ig
+from interp.circuits.eap import eap, eap_ig, relp
 from interp.models import planted
 from interp.tasks import Task
 
@@ -86,3 +87,12 @@ def test_planted_edges_score_and_others_do_not(name):
     loud = max(abs(found.scores[at]) for at in mine)
     assert min(abs(found.scores[at]) for at in mine) > 0.01 * loud
     assert max(abs(found.scores[at]) for at in quiet) < 1e-4 * loud
+
+
+def test_a_caller_without_gradients_gets_the_same():
+    case = planted.ioi_like()
+    task = Task("ioi", case.prompts, case.clean, "planted", case.corrupt, case.answers, case.wrong)
+    for find in (eap, eap_ig, relp):
+        expected = find(case.model, task).scores
+        with torch.no_grad():
+            np.testing.assert_array_equal(find(case.model, task).scores, expected)

@@ -266,3 +266,13 @@ def test_hooks_on_what_is_only_shown_are_refused(random_model, random_task, monk
         attribute(model, random_task(model), sites=("resid_mid", "mlp_out"), exact_path="hooks")
     assert asked == ["blocks.0.hook_attn_out", "blocks.0.hook_mlp_out"]
     attribute(model, random_task(model), sites=("resid_mid", "mlp_out"))  # no hooks, nothing to refuse
+
+
+@pytest.mark.parametrize("options", [{}, {"exact_path": "hooks"}, {"path": "activation", "steps": 2}])
+def test_a_caller_without_gradients_gets_the_same(random_model, random_task, options):
+    model = random_model("llama")
+    task = random_task(model)
+    expected = attribute(model, task, **options).table["value"]
+    with torch.no_grad():
+        found = attribute(model, task, **options).table["value"]
+    np.testing.assert_array_equal(found, expected)
