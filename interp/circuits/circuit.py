@@ -276,9 +276,11 @@ class Circuit:
         here = {key: model.provenance.get(key) for key in made_on}
         grouped = Graph.of(model), Graph.of(model, grouped=False)
         if self.graph not in grouped or (made_on["model_fingerprint"] and made_on != here):
+            # Two models may share a name, such as one before and after training: fingerprints tell them apart.
+            ours, theirs = (str(each["model_fingerprint"])[:8] for each in (made_on, here))
             raise ValueError(
-                f"this circuit is of {made_on['model'] or self.graph} ({made_on['weights']} weights), and the model is "
-                f"{model.name} ({model.weights} weights): find one of this model, or load the other."
+                f"this circuit is of {made_on['model'] or self.graph} ({made_on['weights']} weights, {ours}), and the "
+                f"model is {model.name} ({model.weights} weights, {theirs}): find one of this model, or load the other."
             )
 
     def _ranked(self, n: int, by: By) -> np.ndarray:

@@ -255,6 +255,13 @@ def test_padding_changes_nothing():
     padded = replace(task, clean=grow(task.clean), corrupt=grow(task.corrupt), mask=mask)
     one, other = acdc(model, task, tau=0.1), acdc(model, padded, tau=0.1)
     assert (one.kept == other.kept).all()
+    # Prompts of different lengths: as with whole forward passes.
+    mask[1, :7], padded.corrupt[1, :7] = 0, padded.clean[1, :7]
+    found = acdc(model, padded, tau=0.1)
+    kept, scores, _ = plain(model, padded, found.graph, 0.1)
+    assert (found.kept == kept).all()
+    assert np.allclose(found.scores[kept], scores[kept], atol=2e-4)  # float32 products in different orders
+    assert (found.kept != one.kept).any()
 
 
 def test_a_readout_decides_too_and_half_precision_runs():

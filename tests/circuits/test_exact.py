@@ -132,6 +132,22 @@ def test_batches_of_prompts_and_padding_change_nothing():
     assert np.allclose(patch_edges(model, padded).scores, whole, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_prompts_of_different_lengths_together_and_alone_give_the_same(architecture):
+    model, task = random_task(architecture, n=3)
+    n_pos, mask, corrupt = task.clean.shape[1], torch.ones_like(task.clean), task.corrupt.clone()
+    for row, short in enumerate((0, 3, 2)):
+        mask[row, :short], corrupt[row, :short] = 0, task.clean[row, :short]
+    padded = replace(task, corrupt=corrupt, mask=mask)
+    alone = []
+    for row in range(3):
+        own = slice(n_pos - int(mask[row].sum()), None)
+        one = padded[row : row + 1]
+        alone.append(patch_edges(model, replace(one, clean=one.clean[:, own], corrupt=one.corrupt[:, own], mask=None)))
+    # Sums of float32 products in other orders.
+    assert np.allclose(patch_edges(model, padded).scores, np.mean([each.scores for each in alone], 0), atol=1e-5)
+
+
 def test_an_interrupted_run_goes_on(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERP_CACHE", str(tmp_path))
     model, task = random_task("gpt2")
