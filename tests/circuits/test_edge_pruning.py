@@ -135,6 +135,16 @@ def test_a_state_of_another_version_is_not_gone_on_from(monkeypatch, tmp_path):
         assert states == [None]
 
 
+def test_with_all_masks_open_every_batch_is_at_no_distance_from_the_model():
+    model, task = random_task(n=4)
+    made = ablated(model, task, Graph.of(model), metric="logit_diff")
+    training = module._Training(made, [made.run(rows) for rows in (slice(0, 2), slice(2, 4))], 0.2, 0.2, 0)
+    with torch.no_grad():
+        training.log_alpha.fill_(30.0)  # so far up that the noise closes no mask, also after the two steps
+    # The same sums as of the whole model, of float32.
+    assert all(abs(training.move(0.0)) < 1e-5 for _ in range(2))
+
+
 def test_the_model_needs_no_gradients_and_gets_none():
     model, task = random_task()
     edge_pruning(model, task, sparsity=0.5, steps=2)
