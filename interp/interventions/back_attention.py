@@ -54,8 +54,8 @@ def effect(model: Model, back: BackAttention, task: Task, *, batch_size: int = 3
         >>> task = Task.from_pairs(model, "own", ["w2 w3"], ["w2 w4"], [" w5"], [" w6"])
         >>> back = BackAttention(model.d_model, source=0, target=2, d_inner=4)
         >>> result = effect(model, back, task)
-        >>> result.table["metric"].tolist(), result.table["value"].abs().max()
-        (['accuracy', 'log-probability', 'logit difference'], 0.0)
+        >>> result.table["metric"].tolist(), bool((result.table["value"] == 0).all())
+        (['accuracy', 'log-probability', 'logit difference'], True)
     """
     if task.answers is None:
         raise ValueError(f"task {task.name!r} has no answers, so nothing can be right or wrong: give one that has.")
