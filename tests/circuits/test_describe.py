@@ -51,6 +51,10 @@ def test_what_a_last_layer_node_writes_is_what_the_logits_lose_without_it(archit
     lost = float(values[0, 1] - values[1, 1])
     a, b = (texts[int(ids[1])] for ids in (task.answers, task.wrong))
     assert by_token[a] - by_token[b] == pytest.approx(lost, abs=1e-4)  # float32 logits
+    writes = found[found["metric"] == "writes"]["value"]
+    assert len(writes) == vocabulary
+    assert writes.mean() == pytest.approx(0, abs=1e-5)  # less its mean over the vocabulary
+    assert writes.std() > 0.01
 
 
 def test_bad_input_is_refused():

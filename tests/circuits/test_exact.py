@@ -120,9 +120,12 @@ def test_what_one_cut_cannot_show():
     assert abs(found.scores[found.graph.edge("input", "a0.h1<v>")]) < 1e-3
 
 
-def test_batches_of_prompts_and_padding_change_nothing():
+def test_batches_of_prompts_and_padding_change_nothing(monkeypatch):
     model, task = random_task("llama", n=6)
     whole = patch_edges(model, task).scores
+    with monkeypatch.context() as patch:
+        patch.setattr("interp.circuits._ablated._ENOUGH", 4 * task.clean.shape[1])  # four prompts, then two
+        assert np.allclose(patch_edges(model, task).scores, whole, atol=1e-5)  # float32 sums of other shapes
     parts = [patch_edges(model, task[rows]).scores for rows in (slice(0, 2), slice(2, 6))]
     assert np.allclose(whole, (2 * parts[0] + 4 * parts[1]) / 6, atol=1e-5)
     grow = lambda tokens: torch.cat([torch.ones(len(tokens), 3, dtype=torch.long), tokens], 1)  # noqa: E731
