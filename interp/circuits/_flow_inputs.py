@@ -35,6 +35,7 @@ def labels_of(task: Task, groups: np.ndarray | None) -> tuple[np.ndarray, list[s
 
 
 def counted_of(task: Task, queries: Tensor | None) -> Tensor:
+    """Which tokens count as queries, bool `[batch pos]`: those asked for, or all, without padding."""
     real = torch.ones_like(task.clean).bool() if task.mask is None else task.mask.bool()
     if queries is None:
         return real
@@ -47,6 +48,7 @@ def counted_of(task: Task, queries: Tensor | None) -> Tensor:
 
 
 def as_task(model: Model, task: Task | Tensor) -> Task:
+    """A task as it is, or token ids `[batch pos]` as one; refused where the model's context is shorter."""
     if isinstance(task, Tensor):
         if task.ndim != 2 or not len(task):
             raise ValueError(f"tokens are {tuple(task.shape)}; give token ids [batch pos], at least one prompt.")
@@ -58,15 +60,18 @@ def as_task(model: Model, task: Task | Tensor) -> Task:
 
 
 def prompts_at_once(task: Task) -> int:
+    """How many prompts are run together."""
     return max(1, _TOKENS // task.clean.shape[1])
 
 
 def progress(task: Task, description: str) -> tqdm:
+    """The batches of a task's prompts, with a progress bar where there are several."""
     rows = list(batches(len(task), prompts_at_once(task)))
     return tqdm(rows, desc=description, leave=False, disable=len(rows) < 2)
 
 
 def require(norm: int, floor: float, tau: float) -> None:
+    """Refuse a norm, a floor or a threshold that the formula has no meaning for."""
     if norm not in (1, 2):
         raise ValueError(f"norm={norm}: distances are in L1 (norm=1, the paper's) or L2 (norm=2).")
     if not (math.isfinite(floor) and floor >= 0):
@@ -78,6 +83,7 @@ def require(norm: int, floor: float, tau: float) -> None:
 
 
 def require_tokens(task: Task, starts: Tensor) -> None:
+    """Refuse routes that start, `[batch]`, at padding."""
     if task.mask is None:
         return
     padding = task.mask.gather(1, starts[:, None])[:, 0] == 0
