@@ -159,31 +159,35 @@ def sample(circuit: Circuit, n: int, seed: int) -> Circuit:
     return circuit.with_kept(kept)
 
 
-def in_forwards(model: Model, task: Task, run: Callable[[], Any], *, repeats: int = 3) -> float:
-    """CPU time of something, in plain forward passes over the clean prompts.
+def scored(model: Model, task: Task) -> tuple[dict[str, Circuit], pd.DataFrame]:
+    """Scores of all edges by every method that gives them, and what each took.
 
     Args:
         model: a decoder.
-        task: the prompts.
-        run: what is timed.
-        repeats: of both, in turn, after one of each that is not counted; medians are compared.
+        task: with corrupted prompts.
 
     Returns:
-        The ratio.
+        ({"EAP", "EAP-IG", "RelP", "flow routes": circuit of all edges}, table of CPU seconds and of forward passes over
+        the same prompts; each is timed once, after a pass that is not).
     """
 
     def forward() -> None:
         with torch.no_grad():
             model(task.clean)
 
-    spent: list[list[float]] = [[], []]
-    for turn in range(repeats + 1):
-        for index, function in enumerate((run, forward)):
-            start = time.process_time()
-            function()
-            if turn:
-                spent[index].append(time.process_time() - start)
-    return float(np.median(spent[0]) / np.median(spent[1]))
+    steps: dict[str, Callable[[], Any]] = {
+        "warm": forward, "forward": forward, "EAP": lambda: eap.eap(model, task),
+        "EAP-IG": lambda: eap.eap_ig(model, task), "RelP": lambda: eap.relp(model, task),
+        "flow routes": lambda: route_edges.route_edges(model, task),
+    }  # fmt: skip
+    found, seconds = {}, {}
+    for name, step in steps.items():
+        start = time.process_time()
+        found[name] = step()
+        seconds[name] = time.process_time() - start
+    circuits = {name: circuit for name, circuit in found.items() if circuit is not None}
+    spent = pd.Series(seconds).drop(["warm", "forward"])
+    return circuits, pd.DataFrame({"CPU seconds": spent, "forward passes": spent / seconds["forward"]}).round(1)
 
 
 def side_by_side(columns: Mapping[str, pd.Series]) -> pd.DataFrame:
