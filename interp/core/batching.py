@@ -11,6 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def sweep(
 ) -> dict[str, np.ndarray]:
     """Compute over n rows in batches, with a progress bar, going on where an earlier run was stopped.
 
-    Each finished batch is stored in the cache folder under the SHA-256 of `identity`, by writing a file and renaming
-    it, so that a kill at any moment leaves whole batches only. A run with the same identity reads those instead of
-    computing them; when all are done the folder is removed. Batches do not see each other, so an interrupted and
+    Each finished batch is stored in the cache folder under the SHA-256 of `identity` and the version of interp, by
+    writing a file and renaming it, so that a kill at any moment leaves whole batches only. A run with the same identity
+    reads those instead of computing them; when all are done the folder is removed. Batches do not see each other, so an interrupted and
     resumed sweep equals an uninterrupted one.
 
     Args:
@@ -66,7 +67,8 @@ def sweep(
     """
     if n < 1:
         raise ValueError(f"{description}: there is nothing to compute (n={n}); give at least one prompt.")
-    key = json.dumps({"identity": dict(identity), "n": n, "batch_size": batch_size}, sort_keys=True)
+    study = {"identity": dict(identity), "n": n, "batch_size": batch_size, "interp": version("interp")}
+    key = json.dumps(study, sort_keys=True)
     folder = cache_folder() / "sweeps" / hashlib.sha256(key.encode()).hexdigest()
     parts = []
     rows = list(batches(n, batch_size))

@@ -119,6 +119,15 @@ def test_another_study_reuses_nothing(changed: dict[str, object]) -> None:
     assert resumed.computed == [6, 9]
 
 
+def test_batches_of_another_version_are_not_mixed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError):
+        squares(Squares(stop_at=6))
+    monkeypatch.setattr("interp.core.batching.version", lambda name: "another")
+    other = Squares()
+    check(squares(other))
+    assert other.computed == [0, 3, 6, 9]
+
+
 def test_options_named_like_the_sweeps_own_count() -> None:
     with pytest.raises(RuntimeError):
         squares(Squares(stop_at=6), identity={"n": 1})
