@@ -49,8 +49,8 @@ def sweep(
 
     Each finished batch is stored in the cache folder under the SHA-256 of `identity` and the version of interp, by
     writing a file and renaming it, so that a kill at any moment leaves whole batches only. A run with the same identity
-    reads those instead of computing them; when all are done the folder is removed. Batches do not see each other, so an interrupted and
-    resumed sweep equals an uninterrupted one.
+    reads those instead of computing them; when all are done the folder is removed. Batches do not see each other, so an
+    interrupted and resumed sweep equals an uninterrupted one.
 
     Args:
         n: number of rows.
