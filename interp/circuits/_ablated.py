@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,16 @@ from interp.core.readout import Readout
 from interp.models.model import Model
 from interp.models.program import Program, program
 from interp.patching import _sources
-from interp.patching._inputs import numbers, provenance
+from interp.patching._inputs import numbers, provenance, where
 from interp.patching._runs import readout_of
 from interp.tasks.task import Task
 
 #: What edges that are not in carry: the paired prompt's value ("corrupt"), nothing ("zero"), the mean over prompts and
 #: positions ("mean") or over prompts at the same position ("position_mean"), or another prompt's ("resample").
 ABLATIONS = _sources.SOURCES
+
+#: Names of a task's positions, or indices; None for all positions.
+Positions = str | int | Sequence[str | int] | None
 
 # Positions of prompts that fill the matrix multiplications of one batch.
 _ENOUGH = 256
@@ -37,6 +40,7 @@ class Ablated:
     Attributes:
         model, task, graph, metric: as given.
         source: where the values of cut edges come from.
+        counted: positions of destinations at which edges are cut, bool `[batch pos]`; None for all.
     """
 
     model: Model
@@ -44,6 +48,7 @@ class Ablated:
     graph: Graph
     metric: str | Readout
     source: _sources.Source
+    counted: Tensor | None = None
 
     @property
     def steps(self) -> Program:
@@ -69,7 +74,8 @@ class Ablated:
         taken = self.source.tokens
         off = self._constant(*tokens.shape) if taken is None else taken[rows]
         read = readout_of(self.model, self.task, self.metric, rows)
-        return prepare(self.steps, self.graph, tokens, mask, off, read)
+        counted = None if self.counted is None else self.counted[rows]
+        return prepare(self.steps, self.graph, tokens, mask, off, read, counted)
 
     def _constant(self, n: int, n_pos: int) -> Written:
         """Zeros, or means, as if every prompt had written them."""
@@ -96,6 +102,7 @@ def ablated(
     metric: str | Readout = "logit_diff",
     ablation: str = "corrupt",
     reference: Task | None = None,
+    positions: Positions = None,
     seed: int = 0,
 ) -> Ablated:
     """A task whose edges can be cut.
@@ -107,20 +114,61 @@ def ablated(
         metric: a name or a Readout.
         ablation: one of `ABLATIONS`.
         reference: prompts of means; None for the task's clean ones.
+        positions: of destinations at which edges are cut, see `counted_at`.
         seed: of "resample".
 
     Returns:
         The Ablated.
 
     Raises:
-        ValueError: a task or reference that lacks what the ablation needs.
+        ValueError: a task or reference that lacks what the ablation needs; positions that the task has not.
 
     Cost: for means one forward pass over the reference.
     """
     _sources.require_source(ablation, [], task, reference)
     sites = [("resid_pre", 0), *((site, layer) for site in ("z", "mlp_out") for layer in range(graph.n_layers))]
     source = _sources.prepare(model, task, ablation, sites, reference=reference, seed=seed)
-    return Ablated(model, task, graph, metric, source)
+    return Ablated(model, task, graph, metric, source, counted_at(task, positions))
+
+
+def counted_at(task: Task, positions: Positions) -> Tensor | None:
+    """Positions as a mask.
+
+    Args:
+        task: with named positions.
+        positions: names of the task and indices; None for all.
+
+    Returns:
+        Bool `[batch pos]`, or None.
+
+    Raises:
+        ValueError: no positions, or one that the task has not.
+    """
+    if positions is None:
+        return None
+    given = [positions] if isinstance(positions, (str, int)) else list(positions)
+    if not given:
+        raise ValueError(
+            f"no positions were given: name some of {', '.join(sorted(task.positions))}, or leave them out."
+        )
+    counted = torch.zeros_like(task.clean, dtype=torch.bool)
+    for name in given:
+        at = where(task, name)
+        assert at is not None
+        counted.scatter_(1, at[:, None], True)
+    return counted
+
+
+def plain(positions: Positions) -> str | int | list[str | int] | None:
+    """Positions as a Result's `meta` holds them.
+
+    Args:
+        positions: as given.
+
+    Returns:
+        The same, with a list for any sequence.
+    """
+    return positions if positions is None or isinstance(positions, (str, int)) else list(positions)
 
 
 @torch.no_grad()
@@ -156,6 +204,8 @@ def metric_of(made: Ablated, kept: np.ndarray, *, identity: Mapping[str, Any]) -
         made.model, made.task, **identity, metric=made.metric, edges=_digest(kept), ablation=made.source.name
     )
     taken = [] if made.source.tokens is None else [made.source.tokens.cpu().numpy()]
+    if made.counted is not None:
+        whole["positions"] = _digest(made.counted.cpu().numpy())
     whole["source"] = _digest(*taken, *(numbers(mean) for _, mean in sorted(made.source.means.items())))
     found = sweep(n, compute, batch_size=made.batch_size, identity=whole, description=str(identity["method"]))
     return _finite(made, found["metric"])

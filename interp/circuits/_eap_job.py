@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from interp.circuits._ablated import Positions, counted_at, plain
 from interp.circuits._edge_gradients import Maps, Plan, Prompts, edge_scores
 from interp.circuits.graph import Graph
 from interp.core.batching import batches, sweep
@@ -19,7 +19,7 @@ from interp.core.rerun import _CPU_TOKENS, _free_bytes
 from interp.models.model import Model
 from interp.models.program import Program, program
 from interp.patching._gradients import frozen
-from interp.patching._inputs import numbers, provenance, require_decoder, require_pairs, where
+from interp.patching._inputs import numbers, provenance, require_decoder, require_pairs
 from interp.patching._runs import readout_of
 from interp.patching._sources import Source, prepare, require_source
 from interp.tasks.task import Task
@@ -48,7 +48,7 @@ class Job:
     chosen: Mapping[str, Any]
     reference: Task | None
     grouped: bool
-    positions: str | int | Sequence[str | int] | None
+    positions: Positions
     metric: str | Readout
     batch_size: int | None
 
@@ -91,11 +91,10 @@ class Job:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """Model, task and options."""
-        given = self.positions
         return provenance(
             self.model, self.task, method=self.name, **self.chosen, ablation=self.plan.ablation, grouped=self.grouped,
             reference=None if self.reference is None else self.reference.fingerprint,
-            positions=given if given is None or isinstance(given, (str, int)) else list(given),
+            positions=plain(self.positions),
             metric=self.metric.name if isinstance(self.metric, Readout) else self.metric,
         )  # fmt: skip
 
@@ -110,7 +109,7 @@ class Job:
             it was run, "corrupt".
         """
         task = self.task
-        counted = None if self.positions is None else self._counted()
+        counted = counted_at(task, self.positions)
         origin = self._means()
         maps = Maps.of(self.steps)
 
@@ -146,20 +145,6 @@ class Job:
             identity = {**self.meta, "each": each}
             found = sweep(len(task), compute, batch_size=size, identity=identity, description=self.name)
         return found if each else {**found, "scores": found["scores"].sum(0, keepdims=True)}
-
-    def _counted(self) -> Tensor:
-        given = self.positions
-        names = [given] if isinstance(given, (str, int)) else list(given or ())
-        if not names:
-            raise ValueError(
-                f"no positions were given: name some of {', '.join(sorted(self.task.positions))}, or leave them out."
-            )
-        counted = torch.zeros_like(self.task.clean, dtype=torch.bool)
-        for name in names:
-            at = where(self.task, name)
-            assert at is not None
-            counted.scatter_(1, at[:, None], True)
-        return counted
 
     def _means(self) -> Any:
         """From (site, layer) to what a source writes when it is out."""

@@ -91,6 +91,8 @@ class EdgeRun:
         inputs: by layer what attention and what the MLP read in the off run, then what the logits read (twice),
             `[token d_model]`.
         prefix: by layer keys (rotated) and values before `start`, `[batch pos kv_head d_head]`.
+        counted: tokens at which edges are weighted, bool `[token]`; at others destinations read all that the current
+            run writes. None for all.
     """
 
     steps: Program
@@ -102,6 +104,7 @@ class EdgeRun:
     off: Written
     inputs: tuple[tuple[Tensor, Tensor], ...]
     prefix: tuple[tuple[Tensor, Tensor], ...]
+    counted: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,10 +130,12 @@ class EdgeRun:
 
         Cost: per cell one forward pass from layer `first` on, and about half of one for the sums of inputs. Memory:
             cells x tokens x d_model x (2 layers + 5 layers' inputs). Gradients reach the weights where they ask.
+            Positions that are not counted cost one sum a layer more.
         """
         n_cells, n_layers = len(weights), self.graph.n_layers
         per_layer = (len(self.graph.destinations) - 1) // n_layers
         changes = list(known)
+        whole = None if self.counted is None else self._whole(changes)
         for start in range(first, n_layers, _LAYERS):
             block = range(start, min(start + _LAYERS, n_layers))
             # Row n of `sums[layer]` is what the nth destination of that layer reads.
@@ -141,14 +146,37 @@ class EdgeRun:
             for source, change in enumerate(changes):
                 self._add(sums, own, source, change)
             for layer in block:
-                z = self._attention(layer, sums[layer]) - self.off.z[layer].flatten(0, 1)
+                heads = self._counted(sums[layer][:, :-1], self.inputs[layer][0], whole)
+                z = self._attention(layer, heads) - self.off.z[layer].flatten(0, 1)
                 change = Change(z, z.new_zeros(()))
+                before, whole = whole, None if whole is None else whole + self._brought(layer, z)
                 if not self.steps.parallel:
                     self._add({layer: sums[layer]}, own, layer, change, into=sums)
-                mlp = self._mlp(layer, sums.pop(layer)[:, -1]) - self.off.mlp[layer].flatten(0, 1)
+                    before = whole
+                stream = self._counted(sums.pop(layer)[:, -1:], self.inputs[layer][1], before)[:, 0]
+                mlp = self._mlp(layer, stream) - self.off.mlp[layer].flatten(0, 1)
+                whole = None if whole is None else whole + mlp
                 changes.append(Change(z, mlp))
                 self._add(sums, own, layer, changes[-1])
-        return self._score(weights[:, -1], changes), changes
+        return self._score(weights[:, -1], changes, whole), changes
+
+    def _whole(self, changes: Sequence[Change]) -> Tensor:
+        """What all sources bring so far, `[cell or 1, token d_model]`."""
+        total = self.embed[None].to(_wide(self.embed.dtype))
+        for layer, change in enumerate(changes):
+            total = total + self._brought(layer, change.z) + change.mlp
+        return total
+
+    def _brought(self, layer: int, z: Tensor) -> Tensor:
+        """What a layer's heads write together, `[cell token d_model]`."""
+        w_o = self.steps.w_o(layer)
+        return torch.einsum("cthd,hdm->ctm", z.to(w_o.dtype), w_o)
+
+    def _counted(self, sums: Tensor, off: Tensor, whole: Tensor | None) -> Tensor:
+        """Inputs `[cell input token d_model]`: the weighted sums at counted tokens, everything at others."""
+        if whole is None or self.counted is None:
+            return sums
+        return torch.where(self.counted[:, None], sums, (off + whole)[:, None])
 
     def _off_inputs(self, layer: int, per_layer: int, n_cells: int) -> Tensor:
         attention, mlp = self.inputs[layer]
@@ -180,13 +208,13 @@ class EdgeRun:
         for layer, some in weights.items():
             into[layer] = _added(into[layer], some, wrote)
 
-    def _attention(self, layer: int, sums: Tensor) -> Tensor:
+    def _attention(self, layer: int, inputs: Tensor) -> Tensor:
         """What heads hold, `[cell token head d_head]`, of what q, k and v read `[cell input token ...]`."""
         steps, modules = self.steps, self.steps.layers[layer]
-        normed = modules.ln1(sums[:, :-1].to(steps.model.dtype))
+        normed = modules.ln1(inputs.to(steps.model.dtype))
         n, groups = steps.n_heads, steps.n_key_value_heads
         parts = normed.split([n, groups, groups], 1)
-        (n_prompts, n_pos), cells = self.shape, len(sums)
+        (n_prompts, n_pos), cells = self.shape, len(inputs)
 
         def by_prompt(heads: Tensor) -> Tensor:
             return heads.unflatten(2, (n_prompts, n_pos)).permute(0, 2, 3, 1, 4)
@@ -207,7 +235,7 @@ class EdgeRun:
     def _mlp(self, layer: int, stream: Tensor) -> Tensor:
         return self.steps.mlp_out(layer, self.steps.post(layer, stream.to(self.steps.model.dtype)))
 
-    def _score(self, weights: Tensor, changes: Sequence[Change]) -> Tensor:
+    def _score(self, weights: Tensor, changes: Sequence[Change], whole: Tensor | None) -> Tensor:
         """The metric `[cell batch]`, of the edges into the logits `[cell src]`, at the positions that are read."""
         at = self.at
         stream = self.inputs[-1][0][at].to(_wide(self.embed.dtype)).expand(len(weights), -1, -1)
@@ -218,6 +246,8 @@ class EdgeRun:
             z = change.z[:, at] * some[:, None, :-1, None]
             stream = stream + torch.einsum("cbhd,hdm->cbm", z.to(self.steps.w_o(layer).dtype), self.steps.w_o(layer))
             stream = stream + some[:, -1, None, None] * change.mlp[:, at]
+        if whole is not None and self.counted is not None:
+            stream = torch.where(self.counted[at, None], stream, self.inputs[-1][0][at] + whole[:, at])
         return self.metric_of(stream)
 
     @property
@@ -253,6 +283,7 @@ def prepare(
     mask: Tensor | None,
     off: Written | Tensor,
     read: Readout,
+    counted: Tensor | None = None,
 ) -> EdgeRun:
     """Prompts made ready for forward passes with weighted edges.
 
@@ -263,6 +294,7 @@ def prepare(
         mask: `[batch pos]`, or None.
         off: prompts of the off run `[batch pos]`, padded alike; or what is written there.
         read: the metric of these prompts.
+        counted: positions of destinations at which edges are weighted, bool `[batch pos]`; None for all.
 
     Returns:
         The EdgeRun. Cost: one forward pass, where the off run is given as prompts.
@@ -304,6 +336,7 @@ def prepare(
         off=off.map(lambda each: each[:, start:]),
         inputs=tuple(inputs),
         prefix=tuple(prefix),
+        counted=None if counted is None else counted[:, start:].flatten(),
     )
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from interp.circuits._ablated import Ablated, ablated, metric_of
+from interp.circuits._ablated import Ablated, Positions, ablated, metric_of
 from interp.circuits.circuit import By, Circuit
 from interp.circuits.graph import Graph
 from interp.core.readout import Readout
@@ -88,6 +88,7 @@ def judging(
     metric: str | Readout,
     ablation: str,
     reference: Task | None,
+    positions: Positions = None,
     seed: int,
     what: str,
 ) -> Judge:
@@ -100,13 +101,16 @@ def judging(
         metric: a name or a Readout.
         ablation: what cut edges carry.
         reference: prompts of means.
+        positions: of destinations at which edges are cut.
         seed: of "resample".
         what: name of the method.
 
     Returns:
         The Judge.
     """
-    made = ablated(model, task, graph, metric=metric, ablation=ablation, reference=reference, seed=seed)
+    made = ablated(
+        model, task, graph, metric=metric, ablation=ablation, reference=reference, positions=positions, seed=seed
+    )
     return Judge(made, f"faithfulness.{what}", seed)
 
 
@@ -119,6 +123,7 @@ def judge(
     metric: str | Readout,
     ablation: str,
     reference: Task | None,
+    positions: Positions,
     seed: int,
     min_oriented: float,
     what: str,
@@ -134,6 +139,7 @@ def judge(
         metric: a name or a Readout.
         ablation: what cut edges carry.
         reference: prompts of means.
+        positions: of destinations at which edges are cut.
         seed: of "resample".
         min_oriented: share of prompts whose metric must be higher with all edges than with none.
         what: name of the method.
@@ -148,7 +154,8 @@ def judge(
     Cost: a forward pass with a weight an edge for each different set and the two ends; as many again for the KL.
     """
     run = judging(
-        model, task, graph, metric=metric, ablation=ablation, reference=reference, seed=seed, what=what
+        model, task, graph, metric=metric, ablation=ablation, reference=reference, positions=positions, seed=seed,
+        what=what,
     )  # fmt: skip
     whole = np.concatenate([graph.possible[None], np.zeros_like(graph.possible)[None], sets])
     full, empty, values = np.split(run(whole), [1, 2], axis=1)

@@ -95,6 +95,9 @@ def acdc(
         positions x sources x d_model numbers, and as much again for a batch of candidates. Can be stopped, and goes on
         from the last layer that was done.
 
+    An edge is cut at all positions: there is no option `positions` as in `exact` and `edge_pruning`, since at positions
+    that are not cut every node would be read by every later one, and a test would save little of a forward pass.
+
     Differs from the paper: keys and values of a group are one input (`grouped=False` makes them one a head). Edges into
         nodes without a way to the logits are cut without a test, as in the authors' code.
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from interp.circuits._ablated import Positions, plain
 from interp.circuits._judge import Judge, judging, named, require_ends
 from interp.circuits.circuit import Circuit
 from interp.circuits.graph import INPUT
@@ -43,6 +44,7 @@ def completeness(
     metric: str | Readout = "logit_diff",
     ablation: str = "corrupt",
     reference: Task | None = None,
+    positions: Positions = None,
     min_oriented: float = 0.75,
     seed: int = 0,
 ) -> Result:
@@ -65,6 +67,7 @@ def completeness(
         metric: a name or a Readout.
         ablation: see `faithfulness.faithfulness`.
         reference: prompts of means.
+        positions: see `faithfulness.faithfulness`.
         min_oriented: see `faithfulness.faithfulness`.
         seed: of the sets, and of "resample".
 
@@ -80,8 +83,8 @@ def completeness(
     Cost: 2 (1 + classes + n_random) + 2 x n_greedy x steps x candidates + 2 forward passes with a weight an edge.
     """
     run, parts, rng = _ready(
-        model, task, circuit, level, metric=metric, ablation=ablation, reference=reference, seed=seed,
-        min_oriented=min_oriented, what="completeness",
+        model, task, circuit, level, metric=metric, ablation=ablation, reference=reference, positions=positions,
+        seed=seed, min_oriented=min_oriented, what="completeness",
     )  # fmt: skip
     full, empty = run.ends
     gap = float((full - empty).mean())
@@ -116,7 +119,7 @@ def completeness(
     means = table.groupby(["component", "step"])["value"].mean().abs()
     meta = _meta(
         run, reference, level=level, n_random=n_random, n_greedy=n_greedy, steps=steps, candidates=candidates,
-        sets=[_plain(members) for _, members in sets],
+        positions=plain(positions), sets=[_plain(members) for _, members in sets],
         worst={str(name): float(value) for name, value in means.groupby("component").max().items()},
     )  # fmt: skip
     return Result("completeness.completeness", table, _UNIT, meta=meta)
@@ -135,6 +138,7 @@ def minimality(
     metric: str | Readout = "logit_diff",
     ablation: str = "corrupt",
     reference: Task | None = None,
+    positions: Positions = None,
     min_oriented: float = 0.75,
     seed: int = 0,
 ) -> Result:
@@ -154,6 +158,7 @@ def minimality(
         metric: a name or a Readout.
         ablation: see `faithfulness.faithfulness`.
         reference: prompts of means.
+        positions: see `faithfulness.faithfulness`.
         min_oriented: see `faithfulness.faithfulness`.
         seed: of the sets, and of "resample".
 
@@ -170,8 +175,8 @@ def minimality(
         it; a byte an edge of the model for each. Meant for nodes, or for circuits of up to a few hundred edges.
     """
     run, parts, rng = _ready(
-        model, task, circuit, level, metric=metric, ablation=ablation, reference=reference, seed=seed,
-        min_oriented=min_oriented, what="minimality",
+        model, task, circuit, level, metric=metric, ablation=ablation, reference=reference, positions=positions,
+        seed=seed, min_oriented=min_oriented, what="minimality",
     )  # fmt: skip
     full, empty = run.ends
     gap = float((full - empty).mean())
@@ -203,8 +208,8 @@ def minimality(
             for prompt in range(len(task))
         ]
     meta = _meta(
-        run, reference, level=level, n_random=n_random, bar=bar, passing=1 - len(failing) / len(parts),
-        failing=_plain(failing),
+        run, reference, level=level, n_random=n_random, bar=bar, positions=plain(positions),
+        passing=1 - len(failing) / len(parts), failing=_plain(failing),
     )  # fmt: skip
     return Result("completeness.minimality", pd.DataFrame(rows), _UNIT, meta=meta)
 
@@ -218,6 +223,7 @@ def _ready(
     metric: str | Readout,
     ablation: str,
     reference: Task | None,
+    positions: Positions,
     seed: int,
     min_oriented: float,
     what: str,
@@ -233,7 +239,8 @@ def _ready(
     if not parts:
         raise ValueError("the circuit is empty: there is nothing to take out.")
     run = judging(
-        model, task, circuit.graph, metric=metric, ablation=ablation, reference=reference, seed=seed, what=what
+        model, task, circuit.graph, metric=metric, ablation=ablation, reference=reference, positions=positions,
+        seed=seed, what=what,
     )  # fmt: skip
     require_ends(run, *run.ends, min_oriented)
     return run, parts, np.random.default_rng(seed)

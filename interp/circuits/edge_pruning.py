@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.circuits._ablated import ABLATIONS, Ablated, ablated
+from interp.circuits._ablated import ABLATIONS, Ablated, Positions, ablated, plain
 from interp.circuits._checkpoint import Checkpoint, digest_of
 from interp.circuits._edges import EdgeRun
 from interp.circuits.circuit import Circuit
@@ -43,6 +43,7 @@ def edge_pruning(
     lr_multipliers: float = 0.2,
     batch_size: int = 32,
     reference: Task | None = None,
+    positions: Positions = None,
     seed: int = 0,
 ) -> Circuit:
     """The edges that remain when masks on all of them are trained together to be few and to predict as the model does.
@@ -70,6 +71,8 @@ def edge_pruning(
         lr_multipliers: of the two multipliers.
         batch_size: prompts a step; batches are taken in a new random order each time round.
         reference: prompts of means.
+        positions: of destinations at which masks act: names of the task or indices; None for all. At other positions
+            every input is whole.
         seed: of the masks' noise and the order of prompts.
 
     Returns:
@@ -100,13 +103,15 @@ def edge_pruning(
     """
     _require(model, sparsity, steps, batch_size, {"lr": lr, "lr_multipliers": lr_multipliers}, ablation)
     graph = Graph.of(model, grouped=grouped)
-    made = ablated(model, task, graph, metric=metric, ablation=ablation, reference=reference, seed=seed)
+    made = ablated(
+        model, task, graph, metric=metric, ablation=ablation, reference=reference, positions=positions, seed=seed
+    )
     runs = [made.run(rows) for rows in batches(len(task), batch_size)]
     read = runs[0].read
     meta = provenance(
         model, task, method="edge pruning", sparsity=sparsity, metric=read.name, ablation=ablation, grouped=grouped,
         steps=steps, lr=lr, lr_multipliers=lr_multipliers, batch_size=batch_size, seed=seed,
-        **digest_of(made, graph.possible),
+        positions=plain(positions), **digest_of(made, graph.possible),
     )  # fmt: skip
     checkpoint = Checkpoint(None if isinstance(metric, Readout) else meta)
     training = _Training(made, runs, lr, lr_multipliers, seed)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interp.circuits._ablated import ABLATIONS, Ablated, ablated
+from interp.circuits._ablated import ABLATIONS, Ablated, Positions, ablated, plain
 from interp.circuits._checkpoint import digest_of
 from interp.circuits._cone import Cone, wrote_of
 from interp.circuits._edges import EdgeRun, as_weights, cells_at_once
@@ -35,6 +35,7 @@ def patch_edges(
     ablation: str = "corrupt",
     grouped: bool = True,
     reference: Task | None = None,
+    positions: Positions = None,
     seed: int = 0,
 ) -> Circuit:
     """What cutting each edge alone does to the metric, with all other edges in.
@@ -43,9 +44,9 @@ def patch_edges(
 
         score(u -> v) = mean over prompts of  m(v reads its stream - clean_u + off_u) - m(clean)
 
-    at all positions at once; everything after v responds. The sign is that of the estimates in
-    `interp.circuits.eap`: negative where the edge helps the metric (for "kl", positive where it matters). One of two
-    nodes that suffice (OR), or one that a backup replaces, scores 0: what a single cut cannot show.
+    at all positions at once, or at those that are named; everything after v responds. The sign is that of the
+    estimates in `interp.circuits.eap`: negative where the edge helps the metric (for "kl", positive where it matters).
+    One of two nodes that suffice (OR), or one that a backup replaces, scores 0: what a single cut cannot show.
 
     Args:
         model: a decoder.
@@ -57,6 +58,7 @@ def patch_edges(
             "resample" (another prompt's).
         grouped: whether a key or value that several heads share is one input; a Circuit's own graph decides for it.
         reference: prompts of means.
+        positions: of destinations at which edges are cut: names of the task or indices; None for all.
         seed: of "resample".
 
     Returns:
@@ -93,13 +95,15 @@ def patch_edges(
         wanted = graph.possible if edges is None else Circuit.from_edges(graph, edges).kept
     if not wanted.any():
         raise ValueError("there are no edges: name at least one, for example ('a0.h1', 'logits').")
-    made = ablated(model, task, graph, metric=metric, ablation=ablation, reference=reference, seed=seed)
+    made = ablated(
+        model, task, graph, metric=metric, ablation=ablation, reference=reference, positions=positions, seed=seed
+    )
     rows = np.flatnonzero(wanted.any(1))
     groups = [_Prompts(made, some) for some in batches(len(task), made.batch_size)]
     read = groups[0].run.read
     meta = provenance(
         model, task, method="exact", metric=read.name, ablation=ablation, grouped=graph == Graph.of(model), seed=seed,
-        **digest_of(made, wanted),
+        positions=plain(positions), **digest_of(made, wanted),
     )  # fmt: skip
 
     def compute(some: slice) -> dict[str, np.ndarray]:
@@ -134,7 +138,8 @@ class _Prompts:
         clean, changes = self.run.forward(as_weights(made.graph.possible[None], made.task.clean))
         self.clean = numbers(clean[0])
         self.wrote = wrote_of(self.run, changes)
-        self.changed = (self.wrote != 0).flatten(1).any(1).cpu().numpy()
+        seen = self.wrote if self.run.counted is None else self.wrote[:, self.run.counted]
+        self.changed = (seen != 0).flatten(1).any(1).cpu().numpy()
 
     @torch.no_grad()
     def effects(self, row: int, sources: np.ndarray) -> np.ndarray:
@@ -152,7 +157,10 @@ class _Prompts:
         whole = cone.own(graph.possible[row])
         parts = []
         for some in batches(len(sources), cells_at_once(self.run)):
-            inputs = whole - cone.without(sources[some])
+            shift = cone.without(sources[some])
+            if (counted := self.run.counted) is not None:
+                shift = shift * (counted[self.run.at] if to.name == LOGITS else counted)[:, None]
+            inputs = whole - shift
             if to.name == LOGITS:
                 parts.append(self.run.metric_of(inputs))
                 continue

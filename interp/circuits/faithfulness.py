@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
+from interp.circuits._ablated import Positions, plain
 from interp.circuits._judge import Judged, judge, named, of_size, require_all
 from interp.circuits.circuit import By, Circuit
 from interp.circuits.graph import Graph
@@ -39,6 +40,7 @@ def faithfulness(
     metric: str | Readout = "logit_diff",
     ablation: str = "corrupt",
     reference: Task | None = None,
+    positions: Positions = None,
     min_oriented: float = 0.75,
     seed: int = 0,
 ) -> Result:
@@ -58,6 +60,8 @@ def faithfulness(
             any but "corrupt" and "resample" a component with no edge into it still computes something of what it then
             reads, so that pruning can change the number.
         reference: prompts of the means; None for the task's clean ones.
+        positions: of destinations at which edges that are not in are cut: names of the task or indices; None for all.
+            At other positions every input is whole; "empty" then has all edges cut at these positions alone.
         min_oriented: share of the prompts whose metric must be higher with all edges than with none.
         seed: of "resample".
 
@@ -85,14 +89,14 @@ def faithfulness(
     every = named(model, circuits)
     sets = np.stack([circuit.kept for circuit in every.values()])
     found = judge(
-        model, task, _graph(every), sets, metric=metric, ablation=ablation, reference=reference, seed=seed,
-        min_oriented=min_oriented, what="faithfulness", kl=True,
+        model, task, _graph(every), sets, metric=metric, ablation=ablation, reference=reference,
+        positions=positions, seed=seed, min_oriented=min_oriented, what="faithfulness", kl=True,
     )  # fmt: skip
     table = pd.concat([_rows(found, cell).assign(target=name) for cell, name in enumerate(every)], ignore_index=True)[
         ["prompt", "target", *_COLUMNS, "value_kl"]
     ]
     edges = {name: len(circuit) for name, circuit in every.items()}
-    meta = _meta(model, task, found, seed, reference, edges=edges)
+    meta = _meta(model, task, found, seed, reference, edges=edges, positions=plain(positions))
     return Result("faithfulness.faithfulness", table, _UNIT, meta=meta)
 
 
@@ -109,6 +113,7 @@ def curve(
     metric: str | Readout = "logit_diff",
     ablation: str = "corrupt",
     reference: Task | None = None,
+    positions: Positions = None,
     min_oriented: float = 0.75,
     seed: int = 0,
 ) -> Result:
@@ -126,6 +131,7 @@ def curve(
         metric: a name or a Readout.
         ablation: see `faithfulness`.
         reference: prompts of means.
+        positions: see `faithfulness`.
         min_oriented: see `faithfulness`.
         seed: of "resample".
 
@@ -152,7 +158,7 @@ def curve(
             cut[name, float(share), n] = of_size(circuit, n, selection, by, prune)
     found = judge(
         model, task, graph, np.stack([circuit.kept for circuit in cut.values()]), metric=metric, ablation=ablation,
-        reference=reference, seed=seed, min_oriented=min_oriented, what="curve",
+        reference=reference, positions=positions, seed=seed, min_oriented=min_oriented, what="curve",
     )  # fmt: skip
     parts = [
         _rows(found, cell).assign(target=name, step=n, value_share=share, value_edges=len(circuit))
@@ -161,7 +167,7 @@ def curve(
     table = pd.concat(parts, ignore_index=True)[["prompt", "target", "step", "value_share", "value_edges", *_COLUMNS]]
     meta = _meta(
         model, task, found, seed, reference, sizes=shares.tolist(), selection=selection, by=by, prune=prune,
-        n_edges=graph.n_edges,
+        n_edges=graph.n_edges, positions=plain(positions),
     )  # fmt: skip
     return Result("faithfulness.curve", table, _UNIT, meta=meta)
 
@@ -254,6 +260,7 @@ def random_null(
     metric: str | Readout = "logit_diff",
     ablation: str = "corrupt",
     reference: Task | None = None,
+    positions: Positions = None,
     min_oriented: float = 0.75,
     seed: int = 0,
 ) -> Result:
@@ -269,6 +276,7 @@ def random_null(
         metric: a name or a Readout.
         ablation: see `faithfulness`.
         reference: prompts of means.
+        positions: see `faithfulness`.
         min_oriented: see `faithfulness`.
         seed: of the draws, and of "resample".
 
@@ -294,15 +302,15 @@ def random_null(
         (each.top(size) if draw == "uniform" else each.greedy(size, by="signed")).kept for each in drawn
     ]
     found = judge(
-        model, task, circuit.graph, np.stack(sets), metric=metric, ablation=ablation, reference=reference, seed=seed,
-        min_oriented=min_oriented, what="random_null",
+        model, task, circuit.graph, np.stack(sets), metric=metric, ablation=ablation, reference=reference,
+        positions=positions, seed=seed, min_oriented=min_oriented, what="random_null",
     )  # fmt: skip
     parts = [_rows(found, cell).assign(target="random" if cell else "circuit", step=cell) for cell in range(n + 1)]
     table = pd.concat(parts, ignore_index=True)[["prompt", "target", "step", *_COLUMNS]]
     f = table.groupby("step")["value"].mean()
     # Equal circuits may differ in the last bits when they are run in another batch.
     p = (1 + int((f[1:] >= f[0] - 1e-6).sum())) / (1 + n)
-    meta = _meta(model, task, found, seed, reference, draw=draw, n=n, edges=size, p=p)
+    meta = _meta(model, task, found, seed, reference, draw=draw, n=n, edges=size, p=p, positions=plain(positions))
     return Result("faithfulness.random_null", table, _UNIT, meta=meta)
 
 

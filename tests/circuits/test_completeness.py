@@ -111,3 +111,16 @@ def test_a_node_that_is_out_is_a_node_that_is_ablated(architecture, source):
         # float32 through three layers of another order of sums
         np.testing.assert_allclose(cut[:, cell], wanted, atol=2e-5)
         assert np.abs(wanted - gap).max() > 1e-3  # it makes a difference
+
+
+@pytest.mark.parametrize(("method", "options"), [(completeness, {"n_random": 2, "steps": 2}), (minimality, {})])
+def test_positions_say_where_parts_are_taken_out(method, options):
+    model, task, circuit = made("ioi_like")
+    every = list(range(task.clean.shape[1]))
+    plain, whole, end = (method(model, task, circuit, positions=each, **options) for each in (None, every, ["end"]))
+    # Sums of a few numbers in float32.
+    assert np.allclose(plain.table["value"], whole.table["value"], atol=1e-4)
+    assert end.meta["positions"] == ["end"]
+    if method is minimality:  # the duplicate token head works at the second subject: at the end it is not missed
+        effects = [each.table.groupby("src")["value"].mean().abs() for each in (plain, end)]
+        assert effects[0]["a0.h1"] > 0.5 > 1e-3 > effects[1]["a0.h1"]

@@ -151,6 +151,21 @@ def test_the_model_needs_no_gradients_and_gets_none():
     assert all(parameter.grad is None for parameter in model.bridge.parameters())
 
 
+def test_masks_act_at_the_positions_that_are_named():
+    model, task = random_task()
+    options = {"sparsity": 0.5, "steps": 4}
+    plain, whole = (edge_pruning(model, task, positions=each, **options) for each in (None, list(range(7))))
+    assert np.allclose(plain.scores, whole.scores, atol=1e-5)  # the same sums
+    # Both prompts agree at the first two positions, so there masks are without effect on the prediction.
+    early = edge_pruning(model, task, positions=[0, 1], **options)
+    assert early.meta["value"] == pytest.approx(0, abs=1e-5)
+    assert plain.meta["value"] > 0.01
+    # Masks on edges into the logits act only where they are read: elsewhere sparsity alone moves them, all alike.
+    found = edge_pruning(model, task, positions=[4], **options)
+    logits = found.scores[-1][found.graph.possible[-1]]
+    assert np.ptp(logits) < 1e-6 < 1e-3 < np.ptp(plain.scores[-1][found.graph.possible[-1]])
+
+
 def test_other_metrics_ablations_and_half_precision_run():
     model, task = random_task()
     for metric in ("logit_diff", "prob", readout(model, task)):

@@ -72,8 +72,11 @@ def metrics(model, task, graph, kept, *, metric="logit_diff", ablation="corrupt"
         return made.run(slice(None)).forward(as_weights(kept, task.clean))[0]
 
 
-def slow(model, task, graph, kept, off, metric="logit_diff"):
-    """One set of edges, node by node: every input is the off stream plus what its own edges bring, in a loop."""
+def slow(model, task, graph, kept, off, metric="logit_diff", counted=None):
+    """One set of edges, node by node: every input is the off stream plus what its own edges bring, in a loop.
+
+    Where positions `counted` are given, every edge is in at the others.
+    """
     steps = program(model)
     frame = steps.frame(task.clean, task.mask)
     per_group = steps.n_heads // steps.n_key_value_heads
@@ -88,6 +91,8 @@ def slow(model, task, graph, kept, off, metric="logit_diff"):
         for source, change in delta.items():
             if kept[row, graph.source_index[source]]:
                 total = total + change
+            elif counted is not None:
+                total = total + change * ~counted[..., None]
         return total
 
     delta = {"input": embed - off.embed}
@@ -150,6 +155,79 @@ def test_every_off_run_equals_loops(models, ablation):
     off = off_of(model, task, ablation)
     want = torch.stack([slow(model, task, graph, each, off, "kl") for each in kept])
     assert torch.allclose(got, want, atol=CLOSE)
+
+
+def at(model, task, graph, kept, positions, **options):
+    made = ablated(model, task, graph, positions=positions, **options)
+    with torch.no_grad():
+        return made.run(slice(None)).forward(as_weights(kept, task.clean))[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("architecture", "positions", "options"),
+    [
+        ("llama", ["end", 4], {}),
+        ("gpt2", "early", {"metric": "kl"}),
+        ("gpt_neox", [5, "early"], {}),
+        ("phi", ["end"], {}),
+        ("gemma", [-2, 3], {"ablation": "zero"}),
+        ("mistral", ["early", "end"], {"ablation": "mean"}),
+    ],
+)
+def test_edges_at_some_positions_equal_loops(models, architecture, positions, options):
+    model = models(architecture)
+    task = pairs(model, padded=True, shared=0 if options.get("ablation") else SHARED)
+    if options.get("ablation"):
+        task = replace(task, mask=None)
+    task = replace(task, positions={**task.positions, "early": torch.tensor([7, 5, 6, 8])})
+    graph = Graph.of(model)
+    kept = random_sets(graph, 3, share=0.3)
+    counted = torch.zeros_like(task.clean, dtype=torch.bool)
+    for each in positions if isinstance(positions, list) else [positions]:
+        for row in range(len(task)):
+            counted[row, task.positions[each][row] if isinstance(each, str) else each] = True
+    off = off_of(model, task, options.get("ablation", "corrupt"))
+    got = at(model, task, graph, kept, positions, **options)
+    metric = options.get("metric", "logit_diff")
+    want = torch.stack([slow(model, task, graph, each, off, metric, counted) for each in kept])
+    assert torch.allclose(got, want, atol=CLOSE)
+    assert (want - metrics(model, task, graph, kept, **options)).abs().max() > 100 * CLOSE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
+def test_all_positions_are_no_positions(models, architecture):
+    model = models(architecture)
+    task, graph = pairs(model), Graph.of(model)
+    kept = random_sets(graph, 3)
+    assert torch.equal(at(model, task, graph, kept, list(range(9))), metrics(model, task, graph, kept))
+    # Before the first token that differs there is nothing to cut.
+    full = metrics(model, task, graph, graph.possible[None]).expand(3, -1)
+    assert torch.allclose(at(model, task, graph, kept, [0, SHARED - 1]), full, atol=CLOSE)
+
+
+@torch.no_grad()
+def test_going_on_and_a_computed_prefix_are_the_same_at_some_positions(models):
+    model = models("llama")
+    task, graph, steps = pairs(model, shared=5), Graph.of(model), program(model)
+    read, kept = readout(model, task), random_sets(graph, 3)
+    counted = torch.zeros_like(task.clean, dtype=torch.bool)
+    counted[:, 6] = counted[:, -1] = True
+    short = prepare(steps, graph, task.clean, None, task.corrupt, read, counted)
+    whole = prepare(steps, graph, task.clean, None, written(steps, task.corrupt, None), read, counted)
+    weights = as_weights(kept, task.clean)
+    want, changes = short.forward(weights)
+    assert torch.allclose(want, whole.forward(weights)[0], atol=CLOSE)
+    assert torch.allclose(short.forward(weights, first=2, known=changes[:2])[0], want, atol=CLOSE)
+
+
+def test_positions_that_a_task_has_not_are_refused(models):
+    model = models("llama")
+    task, graph = pairs(model), Graph.of(model)
+    for positions, message in (("nowhere", "no position 'nowhere'"), ([], "no positions were given"), (9, "outside")):
+        with pytest.raises(ValueError, match=message):
+            ablated(model, task, graph, positions=positions)
 
 
 @torch.no_grad()

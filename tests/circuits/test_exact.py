@@ -12,6 +12,7 @@ from interp.circuits import exact
 from interp.circuits._ablated import ablated
 from interp.circuits._edges import as_weights
 from interp.circuits.circuit import Circuit
+from interp.circuits.eap import eap
 from interp.circuits.exact import patch_edges
 from interp.circuits.graph import Graph
 from interp.core.readout import readout
@@ -33,9 +34,9 @@ def random_task(architecture, *, n=3, length=7, shared=2, weights="processed"):
     return model, Task("pairs", tuple("abcdefgh"[:n]), clean, "random", corrupt, ids, ids + 20)
 
 
-def one_by_one(model, task, graph, *, metric="logit_diff", ablation="corrupt"):
+def one_by_one(model, task, graph, *, metric="logit_diff", ablation="corrupt", positions=None):
     """Each edge a whole forward pass with all others in."""
-    made = ablated(model, task, graph, metric=metric, ablation=ablation).run(slice(None))
+    made = ablated(model, task, graph, metric=metric, ablation=ablation, positions=positions).run(slice(None))
     where = np.argwhere(graph.possible)
     kept = np.repeat(graph.possible[None], len(where) + 1, 0)
     kept[np.arange(len(where)), where[:, 0], where[:, 1]] = False
@@ -57,6 +58,8 @@ def one_by_one(model, task, graph, *, metric="logit_diff", ablation="corrupt"):
         ("gemma", {"metric": "prob"}),
         ("qwen3", {"ablation": "resample"}),
         ("mistral", {"ablation": "mean", "metric": "kl"}),
+        ("llama", {"positions": [3, 6]}),
+        ("gpt_neox", {"positions": [-2], "metric": "kl"}),
     ],
 )
 def test_every_score_is_a_forward_pass_with_one_edge_out(architecture, options):
@@ -68,6 +71,22 @@ def test_every_score_is_a_forward_pass_with_one_edge_out(architecture, options):
     assert np.allclose(found.scores, want, atol=1e-4)
     assert (np.abs(want) > 1e-3).sum() > 20
     assert found.kept.sum() == graph.n_edges == found.meta["n_runs"]
+
+
+def test_positions_into_the_logits_are_the_estimate_and_elsewhere_none():
+    model, task = random_task("llama")
+    everything, at_end = patch_edges(model, task), patch_edges(model, task, positions=[-1])
+    row = everything.graph.destination_index["logits"]
+    assert np.allclose(at_end.scores[row], everything.scores[row], atol=1e-5)  # read at the end alone
+    # Two ways to the same metric of about 10 in float32.
+    assert np.allclose(patch_edges(model, task, positions=[4]).scores[row], 0, atol=1e-5)
+    assert np.allclose(patch_edges(model, task, positions=list(range(7))).scores, everything.scores, atol=1e-5)
+    assert at_end.meta["positions"] == [-1]
+    case = planted.cancelling_pair()  # linear, so that the gradient is exact
+    task = task_of(case)
+    for positions in ("end", 0):
+        found, estimate = (each(case.model, task, positions=positions) for each in (patch_edges, eap))
+        assert np.allclose(found.scores, estimate.scores, atol=1e-4)
 
 
 def test_some_edges_are_those_of_all():

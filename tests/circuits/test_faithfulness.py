@@ -81,6 +81,32 @@ def test_all_is_the_model_and_none_the_ablation(architecture, ablation):
         np.testing.assert_allclose(table.loc["none", "value_kl"], kl(other, logits).numpy(), rtol=1e-3, atol=1e-5)
 
 
+def test_positions_say_where_edges_are_cut(ioi):
+    model, task, circuit = ioi
+    every = {"all": everything(circuit), "truth": circuit, "none": nothing(circuit)}
+    plain, whole = (
+        faithfulness(model, task, every, positions=each) for each in (None, list(range(task.clean.shape[1])))
+    )
+    np.testing.assert_allclose(plain.table["value_metric"], whole.table["value_metric"], atol=1e-5)
+    end = faithfulness(model, task, every, positions="end")
+    assert end.meta["positions"] == "end"
+    f = end.grid("target", "prompt").mean(1)
+    assert f["all"] == pytest.approx(1, abs=1e-5)
+    assert f["none"] == pytest.approx(0, abs=1e-5)
+    # The logits are read at the end: with nothing in there, nothing of the clean prompt arrives.
+    np.testing.assert_allclose(*(each.filter(target="none").table["value_metric"] for each in (plain, end)), atol=1e-4)
+    # What only the first position reads decides nothing: the edges into it may all be cut.
+    with pytest.raises(ValueError, match="every edge is cut"):
+        faithfulness(model, task, every, positions=0)
+    for found in (
+        curve(model, task, everything(circuit), sizes=[0.5, 1.0], positions=["end"]),
+        random_null(model, task, circuit, n=2, positions=["end"]),
+    ):
+        assert found.meta["positions"] == ["end"]
+        ends = (each.table.groupby("prompt")["value_empty"].first() for each in (found, end))
+        np.testing.assert_allclose(*ends, atol=1e-4)
+
+
 def oriented(model, task, ablation):
     """The metric, turned round where a random model has it the wrong way."""
     from interp.circuits._ablated import ablated, metric_of
