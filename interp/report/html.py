@@ -32,6 +32,7 @@ class Chapter:
         link: address of the executed notebook, relative to the page.
         claims: what it checked.
         figures: (caption, PNG as base64).
+        pages: (caption, address) of pages to look through, relative to the page.
         facts: how it was run: {what: value}.
         problem: why it is no complete result; "" when it is.
     """
@@ -41,6 +42,7 @@ class Chapter:
     link: str
     claims: list[Claims]
     figures: list[tuple[str, str]]
+    pages: list[tuple[str, str]]
     facts: dict[str, str]
     problem: str
 
@@ -49,6 +51,7 @@ def write(out: str | os.PathLike[str] = "results") -> Path:
     """Write the report on all notebooks executed so far.
 
     The page holds its figures and style in itself, loads nothing, and names no time: equal results give an equal page.
+    Views to look through (the atlas of heads, circuits) are pages beside it, in `<out>/pages`, which need scripts.
 
     Args:
         out: results folder; the executed notebooks are read from `<out>/notebooks`.
@@ -98,9 +101,21 @@ def _chapter(path: Path) -> Chapter:
         link=quote(f"notebooks/{path.name}"),
         claims=claims,
         figures=[(f.caption, base64.b64encode(f.png).decode("ascii")) for f in notebooks.figures_of(path)],
+        pages=_pages(path),
         facts=_facts(claims, record),
         problem=problem,
     )
+
+
+def _pages(path: Path) -> list[tuple[str, str]]:
+    """Write the pages that a notebook shows beside the report, and say where they are."""
+    links: list[tuple[str, str]] = []
+    for number, page in enumerate(notebooks.pages_of(path), 1):
+        (path.parent.parent / "pages").mkdir(exist_ok=True)
+        name = f"{path.stem}-{number}.html"
+        _tidy.replace_text(path.parent.parent / "pages" / name, page.html)
+        links.append((page.caption, quote(f"pages/{name}")))
+    return links
 
 
 def _facts(claims: list[Claims], record: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import difflib
+import html
 import json
 import os
 import re
@@ -19,9 +20,14 @@ import nbformat
 from interp.core import places
 from interp.models import packaged
 from interp.report import _inputs, _tidy
+from interp.report._templates import render
 from interp.report.claims import MIME, Claims
 
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
+
+# What `report.atlas` and `report.circuit` show in a notebook: a page in a frame, and a piece that a page goes around.
+_FRAME = re.compile(r'<iframe title="[^"]*" sandbox="allow-scripts" [^<>]*srcdoc="([^"]*)"></iframe>')
+_CIRCUIT = '<div class="interp-circuit">'
 
 
 class NotebookError(RuntimeError):
@@ -33,6 +39,13 @@ class Figure(NamedTuple):
 
     caption: str
     png: bytes
+
+
+class Page(NamedTuple):
+    """A page to look through that an executed notebook shows: the heading above it, and the page's HTML, whole."""
+
+    caption: str
+    html: str
 
 
 @dataclass(frozen=True)
@@ -216,6 +229,28 @@ def figures_of(path: str | os.PathLike[str]) -> list[Figure]:
             if "image/png" in output.get("data", ()):
                 figures.append(Figure(heading, base64.b64decode(output.data["image/png"])))
     return figures
+
+
+def pages_of(path: str | os.PathLike[str]) -> list[Page]:
+    """The pages to look through that an executed notebook shows in frames of their own, and its circuits.
+
+    Args:
+        path: the executed notebook.
+
+    Returns:
+        One `Page` for each of `report.atlas.atlas_html` and `report.circuit.view`, in order, captioned as figures are.
+    """
+    pages, heading = [], ""
+    for cell in _tidy.own_cells(nbformat.read(path, as_version=4)):
+        if cell.cell_type == "markdown" and (headings := _HEADING.findall(cell.source)):
+            heading = headings[-1]
+        for output in cell.get("outputs", ()):
+            shown = output.get("data", {}).get("text/html", "")
+            if framed := _FRAME.fullmatch(shown):
+                pages.append(Page(heading, html.unescape(framed[1])))
+            elif shown.startswith(_CIRCUIT):
+                pages.append(Page(heading, render("circuit_page.html.j2", fragment=shown)))
+    return pages
 
 
 def title_of(path: str | os.PathLike[str]) -> str:

@@ -14,8 +14,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from interp.circuits import Circuit, Graph
 from interp.core import places
-from interp.report import claims, html
+from interp.models import Model, toy
+from interp.report import atlas, circuit, claims, html
+from interp.tasks import Relation, Relations
+from interp.weights import maps
 
 EVIL = "<script>alert('x')</script>"
 FIGURE = b"\x89PNG figure"
@@ -115,6 +119,31 @@ def test_every_claim_is_shown_with_all_that_is_known_of_it(out: Path) -> None:
     inside = [link for link in links if link and link.startswith("#")]
     assert {"#big.size", "#big.gone", "#paper.big"} == set(inside)
     assert {link[1:] for link in inside} <= set(targets)
+
+
+def test_views_of_a_notebook_are_pages_beside_the_report(out: Path) -> None:
+    add(out, "big", size=5000, gone=1)
+    scores = maps.relation_scores(*_model_and_pairs())
+    edges = circuit.view(Circuit.from_edges(Graph(1, 2, 2), [("input", "m0"), ("m0", "logits")]))
+    views = [atlas.atlas_html(scores), edges]
+    notebook = nbformat.read(out / "notebooks" / "big.ipynb", as_version=4)
+    for view in [*views, SimpleNamespace(_repr_html_=lambda: "<p>a table</p>")]:
+        shown = {"text/html": view._repr_html_()}
+        notebook.cells.append(new_code_cell("view", outputs=[new_output("execute_result", data=shown)]))
+    nbformat.write(notebook, out / "notebooks" / "big.ipynb")
+    links = Page(html.write(out).read_text(encoding="utf-8")).attributes("a", "href")
+    assert [link for link in links if link and link.startswith("pages/")] == ["pages/big-1.html", "pages/big-2.html"]
+    assert (out / "pages" / "big-1.html").read_text(encoding="utf-8") == str(views[0])  # unescaped to the last letter
+    edges.save(out / "alone.html")
+    assert (out / "pages" / "big-2.html").read_text(encoding="utf-8") == (out / "alone.html").read_text(
+        encoding="utf-8"
+    )
+    assert not (out / "pages" / "big-3.html").exists()
+
+
+def _model_and_pairs() -> tuple[Model, Relations]:
+    model = toy.random("llama", weights="raw")
+    return model, Relations((Relation.from_pairs(model, 'copy "<i>"', [(f"w{i}", f"w{i}") for i in range(2, 40)]),))
 
 
 def test_text_from_outside_stays_text(out: Path) -> None:
