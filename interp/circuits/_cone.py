@@ -7,7 +7,7 @@ the logits by way of the position that is read are computed there only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,13 +34,88 @@ class _Part(NamedTuple):
     held: Tensor | None
 
 
+class Writes:
+    """What sources write beyond the off run, held as `_edges.Change` holds it; one vector each when they are asked for.
+
+    Args:
+        run: the prompts.
+        changes: of every layer, of one cell.
+
+    Attributes:
+        shape: sources, tokens and d_model, as of the tensor that `wrote_of` makes.
+
+    Cost: memory for layers x tokens x 2 d_model numbers, where one vector a source takes n_heads times as many.
+    """
+
+    def __init__(self, run: EdgeRun, changes: Sequence[Change]) -> None:
+        self.run, self.changes = run, [Change(each.z[0], each.mlp[0]) for each in changes]
+        self.shape = (len(run.graph.sources), *run.embed.shape)
+        self._last: tuple[np.ndarray, Tensor] | None = None
+
+    def __getitem__(self, sources: np.ndarray) -> Float[Tensor, "src token d_model"]:
+        out = self.run.embed.new_empty((len(sources), *self.shape[1:]), dtype=_wide(self.run.embed.dtype))
+        for layer, rows, heads, others in self._by_layer(sources):
+            if len(heads):
+                w_o = self.run.steps.w_o(layer)[heads]
+                out[rows] = torch.einsum("thd,hdm->htm", self.changes[layer].z[:, heads].to(w_o.dtype), w_o).to(out)
+            if len(others):
+                out[others] = self._one(layer).to(out)
+        return out
+
+    def total(self, sources: np.ndarray, tokens: Tensor | slice) -> Float[Tensor, "read d_model"]:
+        """What some sources bring together at some tokens.
+
+        Args:
+            sources: numbers, each once.
+            tokens: which; a slice is that of all.
+
+        Returns:
+            The sum of their vectors, none of which is made.
+        """
+        # All inputs of a layer's attention read the same sources where every edge is in.
+        if self._last is not None and isinstance(tokens, slice) and np.array_equal(self._last[0], sources):
+            return self._last[1]
+        wide = _wide(self.run.embed.dtype)
+        total = torch.zeros_like(self.run.embed[tokens], dtype=wide)
+        for layer, _, heads, others in self._by_layer(sources):
+            if len(heads):
+                w_o = self.run.steps.w_o(layer)[heads]
+                z = self.changes[layer].z[tokens][:, heads].to(w_o.dtype)
+                total += torch.einsum("thd,hdm->tm", z, w_o).to(wide)
+            if len(others):
+                total += self._one(layer)[tokens].to(wide)
+        if isinstance(tokens, slice):
+            self._last = np.array(sources), total
+        return total
+
+    def changed(self, tokens: Tensor | slice) -> np.ndarray:
+        """Which sources write anything beyond the off run at some tokens, bool `[src]`."""
+        numbers = np.arange(self.shape[0])
+        layers = [numbers[:1], *numbers[1:].reshape(len(self.changes), -1)]
+        found = [(self[some][:, tokens] != 0).flatten(1).any(1).cpu().numpy() for some in layers]
+        return np.concatenate(found)
+
+    def _one(self, layer: int) -> Tensor:
+        """What the input or an MLP writes, `[token d_model]`."""
+        return self.run.embed if layer < 0 else self.changes[layer].mlp
+
+    def _by_layer(self, sources: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each layer (-1: the input) where its heads are among the sources, which they are, where the other is."""
+        width = self.run.graph.n_heads + 1
+        layers, columns = np.divmod(np.asarray(sources) - 1, width)
+        for layer in np.unique(layers).tolist():
+            is_head = (layers == layer) & (columns < width - 1)
+            other = (layers == layer) & (columns == width - 1)
+            yield layer, np.flatnonzero(is_head), columns[is_head], np.flatnonzero(other)
+
+
 class Cone:
     """What lies below one destination of a circuit.
 
     Args:
         run: the prompts.
         kept: which edges are in, bool `[dst src]`; edges into nodes that nothing reads are not followed.
-        wrote: what each source writes beyond the off run in this circuit, `[src token d_model]`.
+        wrote: what each source writes beyond the off run in this circuit: `[src token d_model]`, or Writes.
         row: number of the destination.
 
     Attributes:
@@ -50,7 +125,7 @@ class Cone:
     Cost: memory for an input of each reached node, inputs x tokens x d_model.
     """
 
-    def __init__(self, run: EdgeRun, kept: np.ndarray, wrote: Tensor, row: int) -> None:
+    def __init__(self, run: EdgeRun, kept: np.ndarray, wrote: Tensor | Writes, row: int) -> None:
         self.run, self.kept, self.wrote, self.row, self.flops = run, kept, wrote, row, 0.0
         graph = run.graph
         self.is_logits = graph.destinations[row].name == LOGITS
@@ -83,7 +158,7 @@ class Cone:
         off, tokens = self._off(self.row), self.run.at if self.is_logits else slice(None)
         some = np.flatnonzero(kept)
         self.flops += 2.0 * len(some) * off.numel()
-        return off[tokens].to(_wide(off.dtype)) + self.wrote[some][:, tokens].sum(0)
+        return off[tokens].to(_wide(off.dtype)) + self._total(some, tokens)
 
     def without(self, sources: Sequence[int] | np.ndarray) -> Tensor:
         """What some sources bring to the destination, `[source token d_model]`."""
@@ -146,6 +221,12 @@ class Cone:
         self.flops += 2.0 * stream.numel() * (model.d_vocab if read.tokens is None else read.tokens.shape[1])
         return self.run.metric_of(stream)
 
+    def _total(self, sources: np.ndarray, tokens: Tensor | slice) -> Tensor:
+        """What some sources bring together, `[read d_model]`."""
+        if isinstance(self.wrote, Writes):
+            return self.wrote.total(sources, tokens)
+        return self.wrote[sources][:, tokens].sum(0)
+
     def _off(self, row: int) -> Tensor:
         each = self.run.graph.destinations[row]
         return self.run.inputs[each.layer][1 if each.kind == "mlp" else 0]
@@ -172,7 +253,7 @@ class Cone:
             some = np.flatnonzero(self.kept[row] & ~reached)
             tokens: Tensor | slice = self.run.at if row == last else slice(None)
             off = self._off(row)[tokens]
-            found[row] = off.to(_wide(off.dtype)) + self.wrote[some][:, tokens].sum(0)
+            found[row] = off.to(_wide(off.dtype)) + self._total(some, tokens)
             self.flops += 2.0 * len(some) * off.numel()
         return found
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.circuits._ablated import ABLATIONS, Ablated, Positions, ablated, plain
 from interp.circuits._checkpoint import digest_of
-from interp.circuits._cone import Cone, wrote_of
+from interp.circuits._cone import Cone, Writes
 from interp.circuits._edges import EdgeRun, as_weights, cells_at_once
 from interp.circuits.circuit import Circuit
 from interp.circuits.graph import LOGITS, Destination, Graph
@@ -74,7 +74,9 @@ def patch_edges(
         nothing; and a forward pass for each destination. SmolLM2-135M, four prompts of 14 tokens of which the last five
         differ: 25 ms of one CPU core an edge into the MLP of layer 20, so all 70,651 edges are a matter of half an
         hour and more; name some, or use estimates. Can be stopped and goes on with the next destination, unless the
-        metric is a Readout.
+        metric is a Readout. Memory: layers x tokens of all prompts x 6 d_model numbers (what is written and read in the
+        off run, and how the clean run differs), and up to 256 MB for the edges of one pass, whose sources alone get a
+        vector each.
 
     Example:
         >>> from interp.models import planted
@@ -137,9 +139,8 @@ class _Prompts:
         self.read = readout_of(made.model, made.task, made.metric, rows)
         clean, changes = self.run.forward(as_weights(made.graph.possible[None], made.task.clean))
         self.clean = numbers(clean[0])
-        self.wrote = wrote_of(self.run, changes)
-        seen = self.wrote if self.run.counted is None else self.wrote[:, self.run.counted]
-        self.changed = (seen != 0).flatten(1).any(1).cpu().numpy()
+        self.wrote = Writes(self.run, changes)
+        self.changed = self.wrote.changed(slice(None) if self.run.counted is None else self.run.counted)
 
     @torch.no_grad()
     def effects(self, row: int, sources: np.ndarray) -> np.ndarray:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp.circuits import exact
 from interp.circuits._ablated import ablated
+from interp.circuits._cone import Writes, wrote_of
 from interp.circuits._edges import as_weights
 from interp.circuits.circuit import Circuit
 from interp.circuits.eap import eap
@@ -100,6 +102,50 @@ def test_some_edges_are_those_of_all():
     again = patch_edges(model, task, edges=everything.top(10))
     assert np.allclose(again.scores[again.kept], everything.scores[again.kept], atol=1e-5)
     assert len(again) == 10
+
+
+class _Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            self.numel = max(self.numel, each.numel() if isinstance(each, torch.Tensor) else 0)
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
+def test_vectors_of_sources_are_made_for_those_asked_for(architecture):
+    model, task = random_task(architecture)
+    graph = Graph.of(model)
+    run = ablated(model, task, graph).run(slice(None))
+    _, changes = run.forward(as_weights(graph.possible[None], task.clean))
+    small, large = Writes(run, changes), wrote_of(run, changes)
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 5, len(graph.sources)):
+        some = rng.permutation(len(graph.sources))[:n]
+        # float32 products of other shapes, of numbers of about 1.
+        assert torch.allclose(small[some], large[some], atol=1e-5)
+        for tokens in (slice(None), run.at, torch.arange(len(run.embed)) % 3 == 0):
+            assert torch.allclose(small.total(some, tokens), large[some][:, tokens].sum(0), atol=1e-4)
+    assert small.shape == large.shape
+    small.changes[1].z[:, 2] = 0
+    changed = np.ones(len(graph.sources), bool)
+    changed[graph.source_index["a1.h2"]] = False
+    assert (small.changed(slice(None)) == changed).all()
+    held = sum(each.numel() for change in small.changes for each in change)
+    assert held == graph.n_layers * len(run.embed) * 2 * model.d_model
+
+
+def test_no_tensor_holds_every_source_at_every_token():
+    model, task = random_task("llama", n=4, length=40)
+    with _Largest() as largest:
+        patch_edges(model, task, edges=[("a0.h1", "m1"), ("m0", "a2.h1<q>")], metric=readout(model, task))
+    tokens = len(task) * 38  # from the first that differs
+    assert largest.numel < len(Graph.of(model).sources) * tokens * model.d_model
 
 
 RECOVERED = {
