@@ -239,7 +239,7 @@ def plan(sizes: Model | Sizes, relations: Relations, *, fold_ln_in: bool = False
         >>> llama = Sizes(128_256, 4096, 128, 14_336, 32, 32, 8, 2)
         >>> found = plan(llama, Relations((copying,)))
         >>> round(found.filter(component="peak").table["value"].item() / 2**20)
-        114
+        109
     """
     s = Sizes.of(sizes) if isinstance(sizes, Model) else sizes
     source, target, _ = _pairs(relations)
