@@ -25,7 +25,8 @@ from interp.tasks.task import Task
 #: An edge of a planted net is called found where cutting it, or the estimate, changes the metric by this share of the
 #: gap between the clean and the corrupt prompts; for flow routes, where it is this share of a stream (the paper's tau).
 FOUND_AT, ROUTE_AT = 0.05, 0.04
-#: Layers and heads that the notebook `ioi_circuit` confirmed on SmolLM2-135M-Instruct.
+#: Nine of the ten heads that the notebook `ioi_circuit` confirmed on SmolLM2-135M-Instruct; the tenth, 23.3, copies
+#: negatively and helps, which is no role of the paper's.
 IOI_HEADS = ("a23.h0", "a23.h7", "a24.h4", "a20.h0", "a19.h2", "a17.h4", "a18.h6", "a15.h7", "a16.h0")
 
 #: Functions of `interp.models.planted`.
