@@ -1,0 +1,1 @@
+"""What can be read out midway? The logit lens, the tuned lens and lenses of attention heads."""
