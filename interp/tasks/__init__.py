@@ -4,14 +4,18 @@ from interp.tasks.coloured_objects import coloured_objects
 from interp.tasks.facts import country_capital, landmark_country
 from interp.tasks.greater_than import YearSets, greater_than, year_sets
 from interp.tasks.induction import induction
+from interp.tasks.injection import Injections, injections
 from interp.tasks.ioi import ioi
 from interp.tasks.multiple_choice import multiple_choice
+from interp.tasks.occupations import Occupations, occupations
 from interp.tasks.relations import Relation, Relations, relations
 from interp.tasks.task import Task
 from interp.tasks.text import text
 from interp.tasks.two_hop import two_hop, two_hop_chains
 
 __all__ = [
+    "Injections",
+    "Occupations",
     "Relation",
     "Relations",
     "Task",
@@ -20,9 +24,11 @@ __all__ = [
     "country_capital",
     "greater_than",
     "induction",
+    "injections",
     "ioi",
     "landmark_country",
     "multiple_choice",
+    "occupations",
     "relations",
     "text",
     "two_hop",
