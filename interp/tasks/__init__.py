@@ -1,6 +1,7 @@
 """What can a model be asked? The `Task` and one generator a kind of prompt."""
 
 from interp.tasks.coloured_objects import coloured_objects
+from interp.tasks.corpus import Corpus, Windows, corpus
 from interp.tasks.facts import country_capital, landmark_country
 from interp.tasks.greater_than import YearSets, greater_than, year_sets
 from interp.tasks.induction import induction
@@ -14,13 +15,16 @@ from interp.tasks.text import text
 from interp.tasks.two_hop import two_hop, two_hop_chains
 
 __all__ = [
+    "Corpus",
     "Injections",
     "Occupations",
     "Relation",
     "Relations",
     "Task",
+    "Windows",
     "YearSets",
     "coloured_objects",
+    "corpus",
     "country_capital",
     "greater_than",
     "induction",

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import itertools
 import os
-import platform
-import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from interp.models.model import Model
+from interp.tasks import _texts
 from interp.tasks._prompts import affixes, bare_ids
 from interp.tasks.task import Task
-
-#: Characters read from a hub data set for each token asked for: at about 4 characters a token, some ten times what
-#: is needed, so that the windows are a choice, and the rest of a large data set is never downloaded.
-_CHARACTERS_PER_TOKEN = 40
 
 
 def text(
@@ -106,93 +97,9 @@ def text(
 def _read(path: str | os.PathLike[str] | None, dataset: str | None, n_tokens: int) -> tuple[str, str]:
     """The text, and what to call it in `source`."""
     if dataset is not None:
-        return _from_hub(dataset, n_tokens * _CHARACTERS_PER_TOKEN)
+        records, origin = _texts.from_hub(dataset, n_tokens * _texts.CHARACTERS_PER_TOKEN, "text")
+        return "".join(records), origin
     if path is None:
-        try:
-            topics = importlib.import_module("pydoc_data.topics").topics
-        except ImportError:
-            raise ImportError(
-                "this Python was installed without pydoc_data: give a text of your own with path=."
-            ) from None
-        return _prose(topics), f"prose of pydoc_data.topics, Python {platform.python_version()}"
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"text: {file} is not a file: give the path of a UTF-8 text file.")
-    try:
-        return file.read_text(encoding="utf-8"), f"file {file.name}"
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text: {file} is not UTF-8 text ({error}): convert it first.") from None
-
-
-def _from_hub(name: str, n_characters: int) -> tuple[str, str]:
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise ImportError(
-            f"text: dataset={name!r} needs the datasets package: pip install datasets, or give a text file with path=."
-        ) from None
-    *owner, last = name.split("/")
-    # "a/b" is an owner's data set, or a data set and its configuration: the hub knows which.
-    readings: list[tuple[str, str | None]] = [(name, None)] if len(owner) < 2 else []
-    readings += [("/".join(owner), last)] if owner else []
-    failure: Exception | None = None
-    for where, config in readings:
-        try:
-            splits = datasets.get_dataset_split_names(where, config)
-            split = next((s for s in ("test", "validation", "train") if s in splits), splits[0])
-            records = iter(datasets.load_dataset(where, config, split=split, streaming=True))
-            head: dict[str, object] = next(records, {})
-            break
-        # Offline, unknown or gated; or, as a ValueError, a configuration that is missing or that there is none of.
-        except (OSError, RuntimeError, ValueError) as error:
-            failure = failure or error
-    else:
-        raise ConnectionError(
-            f"text: the data set {name!r} could not be had from the hub ({type(failure).__name__}: {failure}). "
-            "Check its name and the network, or leave dataset out: the default text needs no network."
-        ) from failure
-    if "text" not in head:
-        raise ValueError(
-            f"text: data set {name!r} has no column 'text', only {', '.join(head) or 'no records'}: save the column "
-            "you want as a text file and give its path."
-        )
-    return _joined(itertools.chain([head], records), n_characters), f"hub data set {name}, {split} split"
-
-
-def _joined(records: Iterable[Mapping[str, Any]], n_characters: int) -> str:
-    """The texts of the records, a line each, from the start and up to about `n_characters`."""
-    kept, size = [], 0
-    for record in records:
-        kept.append(record["text"].rstrip("\n") + "\n")
-        size += len(kept[-1])
-        if size >= n_characters:
-            break
-    return "".join(kept)
-
-
-def _prose(topics: Mapping[str, str]) -> str:
-    """The paragraphs of full sentences, each once, without markup."""
-    kept: dict[str, None] = {}
-    for topic in sorted(topics):
-        for block in re.split(r"\n\s*\n", topics[topic]):
-            lines = block.strip("\n").split("\n")
-            indents = {len(line) - len(line.lstrip()) for line in lines}
-            joined = re.sub(r"(?<=\w)-\n\s*(?=[a-z])", "-", block)  # "user-" at a line's end, "defined" on the next
-            paragraph = re.sub(r"\s+", " ", joined).strip()
-            # Footnote marks, then the quote marks, stars and backquotes that Sphinx puts around code and emphasis.
-            paragraph = re.sub(r'["*`]', "", re.sub(r" ?\[\d+\]", "", paragraph))
-            if len(indents) == 1 and _is_prose(paragraph):
-                kept.setdefault(paragraph)
-    return "\n\n".join(kept) + "\n"
-
-
-def _is_prose(paragraph: str) -> bool:
-    """Whether a paragraph is sentences: not a heading, a signature, a grammar rule, a code block or a change note."""
-    if not re.match(r"[A-Z]", paragraph) or not paragraph.endswith("."):
-        return False
-    if re.search(r"::=|>>>|\|| = |; |_\w+_|\(\)\.", paragraph) or re.match(
-        r"(Changed|Added|New|See also)\b", paragraph
-    ):
-        return False
-    letters = sum(c.isalpha() or c.isspace() for c in paragraph)
-    return len(paragraph.split()) >= 12 and letters >= 0.92 * len(paragraph)
+        topics, origin = _texts.from_python()
+        return "\n\n".join(topics.values()) + "\n", origin
+    return _texts.from_file(path, "text"), f"file {Path(path).name}"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import platform
 import sys
 import types
@@ -9,9 +8,7 @@ import types
 import pytest
 import torch
 
-from interp.tasks import text
-
-module = importlib.import_module("interp.tasks.text")  # interp.tasks.text is the function
+from interp.tasks import _texts, text
 
 
 @pytest.fixture
@@ -117,11 +114,11 @@ Short.
 
 
 def test_prose_is_sentences_without_markup_or_code():
-    assert module._prose({"pass": TOPIC, "again": TOPIC}) == (
-        "The simple form of this well-known statement is useful as a placeholder, in the body of a loop or of a class "
-        "that is still to be written.\n\n"
-        "Called to create a new instance of a class, which happens before the instance is set up.\n"
-    )
+    assert _texts.prose({"pass": TOPIC, "again": TOPIC}) == {
+        "again": "The simple form of this well-known statement is useful as a placeholder, in the body of a loop or of "
+        "a class that is still to be written.\n\n"
+        "Called to create a new instance of a class, which happens before the instance is set up."
+    }
 
 
 def test_the_default_text_is_python_s_own_prose(smol):
