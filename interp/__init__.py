@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         dynamics,
         flow,
         interventions,
+        lenses,
         models,
         patching,
         report,
@@ -35,12 +36,12 @@ _WHERE = {
     "methods": "interp.core.registry",
 }
 _ROOMS = (
-    "activations", "circuits", "core", "dynamics", "flow", "interventions", "models", "patching", "report", "tasks",
-    "weights",
+    "activations", "circuits", "core", "dynamics", "flow", "interventions", "lenses", "models", "patching", "report",
+    "tasks", "weights",
 )  # fmt: skip
 
 __all__ = [
-    "Model", "Result", "Task", "activations", "circuits", "core", "dynamics", "flow", "interventions", "load",
+    "Model", "Result", "Task", "activations", "circuits", "core", "dynamics", "flow", "interventions", "lenses", "load",
     "methods", "models", "patching", "report", "tasks", "weights",
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 Function = TypeVar("Function", bound=Callable)
 
 #: Rooms that hold methods. A room listed here is a folder of `interp`.
-ROOMS = ("activations", "circuits", "dynamics", "flow", "interventions", "patching", "weights")
+ROOMS = ("activations", "circuits", "dynamics", "flow", "interventions", "lenses", "patching", "weights")
 
 
 @dataclass(frozen=True)
