@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interp.core.result import Result
 
-#: What `statistics` measures: {name: (definition, unit)}, with q the lens's distribution of the next token, p the model's
+#: What `statistics` measures, {name: (definition, unit)}: q is the lens's distribution of the next token, p the model's,
 #: and t the target token.
 STATISTICS = {
     "log_prob": ("log q(t)", "nats"),
@@ -49,6 +49,7 @@ def statistics(
         upper bound, and its `total_variation` is the largest |p - q| of one token.
 
     Example:
+        >>> import torch
         >>> apart = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).clamp(min=1e-30).log()
         >>> found = statistics(apart[:1], apart[1:])
         >>> round(float(found["js_divergence"]), 4), float(found["total_variation"])
@@ -93,6 +94,7 @@ def prediction_depth(found: Result) -> Result:
         ValueError: a reading that lacks layers.
 
     Example:
+        >>> import torch
         >>> from interp.lenses.logit import logit_lens
         >>> from interp.models import toy
         >>> model = toy.induction()
