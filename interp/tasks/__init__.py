@@ -12,7 +12,7 @@ from interp.tasks.occupations import Occupations, occupations
 from interp.tasks.relations import Relation, Relations, relations
 from interp.tasks.task import Task
 from interp.tasks.text import text
-from interp.tasks.two_hop import two_hop, two_hop_chains
+from interp.tasks.two_hop import two_hop, two_hop_chains, two_hop_facts, two_hop_split
 
 __all__ = [
     "Corpus",
@@ -37,5 +37,7 @@ __all__ = [
     "text",
     "two_hop",
     "two_hop_chains",
+    "two_hop_facts",
+    "two_hop_split",
     "year_sets",
 ]

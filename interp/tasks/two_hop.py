@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -169,6 +170,71 @@ def two_hop_chains(model: Model, *, order: str = "entity_first", prepend_bos: bo
     return table
 
 
+def two_hop_facts(task: Task) -> pd.DataFrame:
+    """Which facts each prompt of a task of `two_hop` asks for.
+
+    Args:
+        task: of `two_hop`, in any order and with any hops, or a part of one.
+
+    Returns:
+        A row a prompt: `prompt` (its number), `entity` (of which it asks; a country for hop="second"), `country`,
+        `relation` (the one that is answered), `kind` ("country" for first hops, else the relation: what the answer is).
+
+    Raises:
+        ValueError: a prompt that `two_hop` does not make.
+    """
+    known = _by_prompt()
+    strange = next((prompt for prompt in task.prompts if prompt not in known), None)
+    if strange is not None:
+        raise ValueError(
+            f"task {task.name!r} has the prompt {strange!r}, which two_hop does not make: give one of its."
+        )
+    found = [known[prompt] for prompt in task.prompts]
+    asked = [
+        (index, question.entity, country, question.relations[-1]) for index, (question, country) in enumerate(found)
+    ]
+    table = pd.DataFrame(asked, columns=["prompt", "entity", "country", "relation"])
+    return table.assign(kind=table["relation"].replace(dict.fromkeys(_FIRST.values(), "country")))
+
+
+def two_hop_split(task: Task, *, by: str = "country", held_out: float = 0.3, seed: int = 0) -> tuple[Task, Task]:
+    """A task of `two_hop` in two parts that share no facts: one to train on, one to test.
+
+    With by="country" whole countries are held out: no prompt to train on has an entity of theirs, so neither hop of a
+    held-out chain is in the other part. The answer itself may be: several countries have the same currency, language or
+    continent, never the same capital. With by="entity" the first hops differ, and the second hops are in both parts.
+
+    The countries (entities) are drawn from all of the lists, so a seed holds out the same ones in every task: prompts
+    in another order, or for the single hops, are divided as the two-hop prompts are.
+
+    Args:
+        task: of `two_hop`.
+        by: "country" or "entity".
+        held_out: share of the countries (entities) that are held out.
+        seed: of the draw.
+
+    Returns:
+        (train, test); together they hold every prompt once.
+
+    Raises:
+        ValueError: an unknown `by`, a prompt that `two_hop` does not make, or a part without prompts.
+    """
+    if by not in ("country", "entity"):
+        raise ValueError(f'two_hop_split: by={by!r} is not known; use "country" or "entity".')
+    facts = two_hop_facts(task)
+    listed = {"country": (country for _, country in _by_prompt().values())}
+    listed["entity"] = (question.entity for question, _ in _by_prompt().values())
+    names = sorted(set(listed[by]))
+    drawn = np.random.default_rng(seed).permutation(len(names))[: round(held_out * len(names))]
+    out = facts[by].isin([names[i] for i in drawn]).to_numpy()
+    if out.all() or not out.any():
+        raise ValueError(
+            f"two_hop_split: held_out={held_out} leaves {int((~out).sum())} prompts to train on and {int(out.sum())} "
+            "to test: give another share, another seed or more prompts."
+        )
+    return task[np.flatnonzero(~out)], task[np.flatnonzero(out)]
+
+
 def _listed() -> list[_Chain]:
     """All chains of the lists but those whose entity names a later part of the chain."""
     countries = {row["country"]: row for row in rows("two_hop_countries")}
@@ -198,6 +264,18 @@ def _posable(model: Model, order: str) -> tuple[list[_Chain], str]:
     }
     kept = [c for c in listed if (c.relation1, c.bridge) in single and (c.relation2, c.answer) in single]
     return kept, f"{len(kept)} of {len(listed)} chains have a bridge and an answer of one token"
+
+
+@functools.cache
+def _by_prompt() -> dict[str, tuple[_Question, str]]:
+    """Every prompt that the lists can make, with what it asks and the country on the way."""
+    return {
+        "".join(_parts(question, order)): (question, chain.bridge)
+        for chain in _listed()
+        for hop in _HOPS
+        for question in (chain.question(hop),)
+        for order in _ORDERS
+    }
 
 
 def _parts(question: _Question, order: str) -> list[str]:

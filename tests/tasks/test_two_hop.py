@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from interp.tasks import two_hop, two_hop_chains
+from interp.tasks import two_hop, two_hop_chains, two_hop_facts, two_hop_split
 from interp.tasks._prompts import rows
 
 ASKS = {
@@ -216,3 +218,57 @@ def test_what_the_default_model_knows(smol) -> None:
     prefer = logits.gather(1, task.answers[:, None]) > logits.gather(1, task.wrong[:, None])
     # Measured on all of them: 96% of the answers have the largest logit of all answers to their relation.
     assert prefer.float().mean() >= 0.9
+
+
+# --- parts that share no facts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["entity_first", "relation_first"])
+@pytest.mark.parametrize("hop", ["both", "first", "second"])
+def test_facts_are_those_that_the_prompts_say(made, order: str, hop: str) -> None:
+    task = made(order=order, hop=hop)
+    facts = two_hop_facts(task)
+    for prompt, row in zip(task.prompts, facts.itertuples(), strict=True):
+        entity, *relations = read(prompt, order)
+        assert (row.entity, row.relation) == (entity, relations[-1])
+        assert row.country == (entity if hop == "second" else ENTITIES[entity][1])
+        assert row.kind == (row.relation if hop != "first" else "country")
+
+
+@pytest.mark.parametrize("by", ["country", "entity"])
+def test_a_split_shares_no_entity_and_no_country(made, by: str) -> None:
+    task = made()
+    train, test = two_hop_split(task, by=by, held_out=0.3, seed=4)
+    assert sorted(train.prompts + test.prompts) == sorted(task.prompts)
+    trained, tested = two_hop_facts(train), two_hop_facts(test)
+    assert not set(trained[by]) & set(tested[by])
+    assert not set(trained["entity"]) & set(tested["entity"])
+    assert bool(set(trained["country"]) & set(tested["country"])) == (by == "entity")
+    capitals = [
+        set(part.answers[np.flatnonzero(facts["relation"] == "capital")].tolist())
+        for part, facts in ((train, trained), (test, tested))
+    ]
+    assert bool(capitals[0] & capitals[1]) == (by == "entity")
+    # half to one and a half times the share asked for: countries have from 1 to 60 prompts
+    assert 0.15 < len(test) / len(task) < 0.45
+
+
+def test_a_seed_holds_out_the_same_countries_in_every_task(made) -> None:
+    parts = [
+        [set(two_hop_facts(part)["country"]) for part in two_hop_split(made(order=order, hop=hop), seed=1)]
+        for order in ("entity_first", "relation_first")
+        for hop in ("both", "first", "second")
+    ]
+    train, test = (set.union(*each) for each in zip(*parts, strict=True))
+    assert not train & test
+    assert set(two_hop_facts(two_hop_split(made(), seed=2)[1])["country"]) != parts[0][1]
+
+
+def test_splits_that_cannot_be_are_refused(made) -> None:
+    task = made()
+    with pytest.raises(ValueError, match='by=.continent. is not known; use "country" or "entity"'):
+        two_hop_split(task, by="continent")
+    with pytest.raises(ValueError, match="leaves [0-9]+ prompts to train on and 0 to test"):
+        two_hop_split(task, held_out=0.0)
+    with pytest.raises(ValueError, match="which two_hop does not make"):
+        two_hop_facts(replace(task[:1], prompts=("The sky is",)))
