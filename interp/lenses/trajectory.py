@@ -12,8 +12,8 @@ from torch import Tensor
 
 from interp.core.result import Result
 
-#: What `statistics` measures, {name: (definition, unit)}: q is the lens's distribution of the next token, p the model's,
-#: and t the target token.
+#: What `statistics` measures, {name: (definition, unit)}, with q the lens's distribution of the next token, p the
+#: model's, and t the target token.
 STATISTICS = {
     "log_prob": ("log q(t)", "nats"),
     "cross_entropy": ("-log q(t)", "nats"),
