@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -11,9 +12,14 @@ from torch import Tensor, nn
 
 from interp.core.result import Result
 from interp.dynamics.train import IGNORED, Batch, build, train
-from interp.models.back_attention import Attached, BackAttention
+from interp.models.back_attention import Attached, BackAttention, frozen
+from interp.models.hooks import run
 from interp.models.model import Model
+from interp.models.program import program
 from interp.tasks.task import Task
+
+#: Prompts in one forward pass of `Upper`.
+_AT_ONCE = 16
 
 
 class Small(nn.Module):
@@ -92,6 +98,70 @@ class Small(nn.Module):
             hooks[0].remove()
 
 
+class Upper(nn.Module):
+    """`Attached`, for prompts that are known: what back attention does not change is computed once a prompt.
+
+    These are the streams before layer `source` and, of the plain pass, after layer `target`. What is left for each call
+    are the layers from `source` on, and the unembedding at the last tokens.
+
+    Args:
+        model: a decoder with a `program`.
+        back: what `Attached` takes.
+        tasks: all prompts that will come, as `examples` gives them.
+
+    Raises:
+        ValueError: what `Attached` refuses.
+        NoProgramError: a model that has none.
+
+    Cost: the streams, 8 bytes x d_model for each token, are kept.
+    """
+
+    def __init__(self, model: Model, back: BackAttention, *tasks: Task) -> None:
+        super().__init__()
+        self.config = Attached(model, back).config
+        self.model, self.back, self.steps = model, back, program(model)
+        #: Where each prompt ends, several places for one whose padding looks like another.
+        self.ends: dict[bytes, set[int]] = defaultdict(set)
+        # Always the same prompts at once: their number decides the last bits, and a run that goes on would differ.
+        self.parts: dict[bytes, Tensor] = {}
+        self.known: dict[bytes, tuple[Tensor, Tensor]] = {}
+        for task in tasks:
+            for part in zip(*(each.split(_AT_ONCE) for each in examples(task)), strict=True):
+                for row, targets in zip(*part, strict=True):
+                    self.ends[_key(row)].add(int((targets != IGNORED).nonzero()))
+                    self.parts.setdefault(_key(row), part[0])
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Tensor:
+        """Logits `[batch pos d_vocab]` at the last token of each prompt; zeros elsewhere, where nothing is asked."""
+        keys = [_key(row) for row in tokens.cpu()]
+        for key in keys:
+            if key not in self.known:
+                self._learn(self.parts[key])
+        last = [(i, end) for i, key in enumerate(keys) for end in sorted(self.ends[key])]
+        length = 1 + max(end for _, end in last)  # nothing that counts sees what comes after
+        low, high = (torch.stack([self.known[key][which][:length] for key in keys]) for which in (0, 1))
+        frame = self.steps.frame(tokens[:, :length])
+        with frozen(self.model.bridge):
+            stream = low + self.back(low, high)
+            for layer in range(self.back.source, self.model.n_layers):
+                stream = self.steps.layer(layer, stream, frame)["resid_post"]
+            rows, places = (torch.tensor(each, device=tokens.device) for each in zip(*last, strict=True))
+            asked = self.steps.logits(stream[rows, places])
+        return asked.new_zeros(*tokens.shape, asked.shape[-1]).index_put((rows, places), asked)
+
+    def _learn(self, tokens: Tensor) -> None:
+        """Both streams of some prompts."""
+        below, above = f"blocks.{self.back.source}.hook_resid_pre", f"blocks.{self.back.target}.hook_resid_post"
+        given = tokens.to(self.model.device)
+        cache = run(self.model, given, capture=[below, above], stop_after=self.back.target).cache
+        for row, low, high in zip(tokens, cache[below], cache[above], strict=True):
+            self.known.setdefault(_key(row), (low, high))
+
+
+def _key(row: Tensor) -> bytes:
+    return row.numpy().tobytes()
+
+
 def train_back_attention(
     model: Model,
     task: Task,
@@ -108,7 +178,9 @@ def train_back_attention(
     """Back attention for a loaded model, which stays as it is, trained to give a task's answers (arXiv:2502.10835).
 
     The loss is the cross-entropy of the answer after the last token. `held_out` measures it; its prompts should not be
-    in `task`, nor, for a claim on composition, the facts (a random `task.split` shares both hops with the other part).
+    in `task`, nor, for a claim on composition, the facts. A random `task.split` shares both hops with the other part;
+    `train, test = interp.tasks.two_hop_split(task, by="country", seed=seed)` shares neither, and by="entity" shares
+    only the second. `interp.dynamics.two_hop` trains so for several seeds, beside controls.
 
     Args:
         model: a decoder.
@@ -129,7 +201,8 @@ def train_back_attention(
     Raises:
         ValueError: a task without answers, layers out of range or reversed, or what `train` refuses.
 
-    Cost: a step is a forward pass up to `target`, one through the model, and a backward pass down to `source`.
+    Cost: a forward pass up to `target` once a prompt; a step is a forward and a backward pass through the layers from
+        `source` on. Prompts' streams are kept, 8 bytes x d_model for each token.
     """
     for given in (task, held_out):
         if given.answers is None:
@@ -142,7 +215,7 @@ def train_back_attention(
         return tokens[rows], targets[rows]
 
     _, history = train(
-        Attached(model, back),
+        Upper(model, back, task, held_out),
         draw,
         held_out=examples(held_out),
         seed=seed,

@@ -153,13 +153,17 @@ class Attached(nn.Module):
         def add(stream: Tensor, hook: Any) -> Tensor:
             return stream + written
 
-        with _frozen(self.model.bridge):
+        with frozen(self.model.bridge):
             return run(self.model, tokens, hooks=[(below, add)], mask=mask, grad=torch.is_grad_enabled()).logits
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for a module's weights in what is computed meanwhile; afterwards as before."""
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for a module's weights in what is computed meanwhile; afterwards as before.
+
+    Args:
+        module: whose parameters.
+    """
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     try:
         for weight in weights:
