@@ -1,7 +1,7 @@
 """What can a model be asked? The `Task` and one generator a kind of prompt."""
 
 from interp.tasks.coloured_objects import coloured_objects
-from interp.tasks.corpus import Corpus, Windows, corpus
+from interp.tasks.corpus import Corpus, Windows, corpus, generated
 from interp.tasks.facts import country_capital, landmark_country
 from interp.tasks.greater_than import YearSets, greater_than, year_sets
 from interp.tasks.induction import induction
@@ -26,6 +26,7 @@ __all__ = [
     "coloured_objects",
     "corpus",
     "country_capital",
+    "generated",
     "greater_than",
     "induction",
     "injections",

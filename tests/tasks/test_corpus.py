@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from interp.models import toy
-from interp.tasks import Corpus, corpus, text
+from interp.tasks import Corpus, corpus, generated, text
 
 
 def made(lengths, *, separator=None, prefix=()):
@@ -224,3 +228,160 @@ def test_the_default_text_is_that_of_the_text_task(smol):
     found.check(smol)
     with pytest.raises(ValueError, match="another vocabulary"):
         found.check(toy.random())
+
+
+# --- text sampled from the model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return toy.random("llama")
+
+
+def probabilities(model, ids, temperature=1.0):
+    """Of the token after `ids`, by a whole pass without a cache."""
+    return (model(torch.tensor([ids]))[0, -1].double() / temperature).softmax(-1)
+
+
+@pytest.mark.parametrize("architecture", [*toy.ARCHITECTURES, *toy.VARIANTS])
+def test_at_low_temperature_it_is_the_models_own_argmax(fresh, architecture):
+    model = toy.random(architecture)
+    (ids,) = generated(model, n_documents=1, length=20, temperature=1e-9).documents
+    so_far = [1]
+    for step, token in enumerate(ids):
+        logits = model(torch.tensor([so_far]))[0, -1]
+        if step == 0:
+            logits[:2] = -torch.inf
+        assert token == int(logits.argmax())
+        so_far.append(token)
+    assert len(ids) == 20 or int(model(torch.tensor([so_far]))[0, -1].argmax()) < 2  # the end, by its own argmax
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_first_tokens_have_the_models_probabilities(fresh, tiny, temperature):
+    n = 4000
+    found = generated(tiny, n_documents=n, length=1, temperature=temperature, batch_size=500)
+    seen = np.bincount([ids[0] for ids in found.documents], minlength=64)
+    assert seen[:2].sum() == 0
+    expected = probabilities(tiny, [1], temperature)[2:].numpy()
+    expected, seen = expected / expected.sum(), seen[2:]
+    often = expected * n >= 5  # the usual rule for the approximation; the rest is one class
+    observed = np.append(seen[often], seen[~often].sum())
+    wanted = np.append(expected[often], expected[~often].sum()) * n
+    # A right sampler fails this at one seed in a thousand; a temperature or shift that is off, at each.
+    assert stats.chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue > 1e-3
+    other = probabilities(tiny, [1], 3 - temperature)[2:].numpy()
+    wrong = np.append(other[often], other[~often].sum()) / other.sum() * n
+    assert stats.chisquare(observed[wanted > 0], wrong[wanted > 0]).pvalue < 1e-6
+
+
+def test_every_position_has_the_models_probabilities(fresh, tiny):
+    found = generated(tiny, n_documents=100, length=12, batch_size=32)
+    surprise, variance, n_ended = 0.0, 0.0, 0
+    for ids in found.documents:
+        whole = tiny(torch.tensor([[1, *ids]]))[0].double().log_softmax(-1)
+        for position, token in enumerate([*ids, 1][:12]):
+            logs = whole[position]
+            if position == 0:
+                logs = logs[2:].log_softmax(-1)
+                score = logs[token - 2]
+            else:  # which of the two special tokens ended it is not kept
+                logs = torch.cat([logs[:2].logsumexp(0, keepdim=True), logs[2:]])
+                score = logs[max(token - 1, 0)]
+                n_ended += token == 1
+            mean = (logs.exp() * logs).sum()
+            surprise += float(score - mean)
+            variance += float((logs.exp() * (logs - mean) ** 2).sum())
+    # Log-probabilities of what is drawn, less their mean, add up to a martingale: a z-score, beyond 4 once in 16,000.
+    assert abs(surprise) / variance**0.5 < 4
+    assert n_ended > 5
+    assert min(min(ids) for ids in found.documents) > 1
+
+
+def test_the_text_is_the_same_whatever_the_batches(tiny, tmp_path, monkeypatch):
+    made = []
+    for size in (1, 7, 30):
+        monkeypatch.setenv("INTERP_CACHE", str(tmp_path / str(size)))
+        made.append(generated(tiny, n_documents=30, length=10, batch_size=size))
+    # Some 200 tokens, whose logits move by 1e-5 between kernels: a difference has odds of 1 in 500.
+    assert made[0].documents == made[1].documents == made[2].documents
+    more = generated(tiny, n_documents=40, length=10)
+    assert more.documents[:30] == made[0].documents
+    assert generated(tiny, n_documents=30, length=10, seed=1).documents != made[0].documents
+    assert len(set(made[0].documents)) > 25
+
+
+def test_the_text_is_kept_and_belongs_to_the_model(fresh, tiny, monkeypatch):
+    first = generated(tiny, n_documents=4, length=6)
+    monkeypatch.setattr(sys.modules["interp.tasks.corpus"], "sample", lambda *a, **k: pytest.fail("sampled again"))
+    second = generated(tiny, n_documents=4, length=6, batch_size=2)
+    assert (first.fingerprint, first.source) == (second.fingerprint, second.source)
+    assert generated(toy.random("llama", weights="raw"), n_documents=4, length=6).documents == first.documents
+    changes: list[dict[str, Any]] = [{"seed": 1}, {"temperature": 0.9}, {"length": 5}, {"n_documents": 5}]
+    for change in [*changes, {"start": "w3 w4"}]:
+        with pytest.raises(pytest.fail.Exception, match="sampled again"):
+            generated(tiny, **{"n_documents": 4, "length": 6, **change})
+    with pytest.raises(pytest.fail.Exception, match="sampled again"):
+        generated(toy.random("llama", seed=1), n_documents=4, length=6)
+    (file,) = (fresh / "generated").iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(pytest.fail.Exception, match="sampled again"):  # a damaged file is not read
+        generated(tiny, n_documents=4, length=6)
+
+
+def test_raw_and_processed_weights_write_the_same_text(tiny, tmp_path, monkeypatch):
+    texts = []
+    for model in (tiny, toy.random("llama", weights="raw")):
+        monkeypatch.setenv("INTERP_CACHE", str(tmp_path / model.weights))
+        texts.append(generated(model, n_documents=30, length=10).documents)
+    assert texts[0] == texts[1]  # sampled twice; the odds are those of other batches
+
+
+def test_a_model_without_a_cache_of_keys_and_values(fresh, tiny, tmp_path, monkeypatch):
+    with_cache = generated(tiny, n_documents=5, length=8)
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path / "other"))
+
+    class Hooked(torch.nn.Module):
+        """A bridge that shows no Hugging Face module, as a HookedTransformer does not."""
+
+        def __init__(self, bridge):
+            super().__init__()
+            self.inner, self.hook_dict = bridge, bridge.hook_dict
+
+        def forward(self, tokens, attention_mask=None):
+            return self.inner(tokens)
+
+    slow = dataclasses.replace(tiny, bridge=Hooked(tiny.bridge))
+    assert generated(slow, n_documents=5, length=8).documents == with_cache.documents
+
+
+def test_generated_refusals(fresh, tiny, make_model):
+    wrong: list[dict[str, Any]] = [{"temperature": 0.0}, {"n_documents": 0}, {"length": 64}, {"length": 0}]
+    for options in wrong:
+        with pytest.raises(ValueError, match="a length from 1 to 63 for LlamaForCausalLM"):
+            generated(tiny, **options)
+    with pytest.raises(ValueError, match="is a encoder model"):
+        generated(make_model(kind="encoder"))
+    bare = make_model()
+    bare.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a BOS nor an end-of-text token .*start="):
+        generated(bare)
+
+
+def test_the_default_model_goes_on_with_a_text(smol, fresh):
+    opening = "The history of France is"
+    found = generated(smol, n_documents=2, length=30, temperature=0.5, start=opening)
+    assert f"length 30, temperature 0.5, seed 0, after {opening!r}; {found.n_tokens} tokens" in found.source
+    for ids in found.documents:
+        whole = torch.tensor([[*smol.tokenize(opening).ids[0].tolist(), *ids]])
+        logs = smol(whole).log_softmax(-1)[0, :-1].gather(1, whole[0, 1:, None])[-len(ids) :]
+        # Sampled half-way to greedy: far likelier than the 3.3 nats a token that it gives to the offline prose.
+        assert 0 < -float(logs.mean()) < 2
+    assert found.documents[0] != found.documents[1]
