@@ -1,6 +1,6 @@
 """What do direct attribution and logit flow cost, in forward passes of the model and against one vector at a time?
 
-    OMP_NUM_THREADS=1 python benchmarks/flow.py              # everything, about 5 minutes
+    OMP_NUM_THREADS=1 python benchmarks/flow.py              # everything, about 16 minutes
     OMP_NUM_THREADS=1 python benchmarks/flow.py heads flow   # some cases only; the other rows stay
 
 One prompt of 32 tokens on the default model. A forward pass is the bridge's own, with all logits. The peer of the
@@ -24,6 +24,7 @@ import torch
 from _measure import RESULTS, in_fresh_process, interleave, median, peak_mb, report, rows_with_origin
 
 import interp
+from interp.dynamics.depth import TASKS, compare_depths
 from interp.flow import attribution, logit_flow
 from interp.flow._direct import frozen, matrix, seen_at
 from interp.models import Model
@@ -169,6 +170,17 @@ def _flow(model: Model) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _toy() -> list[dict[str, Any]]:
+    """The whole toy experiment of back attention, trained: two tasks, three transformers, four seeds."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["INTERP_CACHE"] = cache
+        times = interleave({"ours": lambda: [compare_depths(task) for task in TASKS]}, repeats=1, warmups=0)["ours"]
+    return [{
+        "case": f"back attention, toy experiment, {clock}", "value": round(times[clock][0], 1), "target": 900.0,
+        "better": "lower", "unit": "s", "ours": times[clock][0], "peer": None, "peer_name": "", "parity": None,
+    } for clock in ("cpu", "wall")]  # fmt: skip
+
+
 def main(wanted: Sequence[str]) -> None:
     """Case by case."""
     if list(wanted) == ["--memory"]:
@@ -187,6 +199,7 @@ def main(wanted: Sequence[str]) -> None:
         "increases": lambda: _increases(model),
         "flow": lambda: _flow(model),
         "brute": lambda: _brute(model),
+        "toy": _toy,
     }
     rows: list[dict[str, Any]] = []
     stored = RESULTS / "flow.json"

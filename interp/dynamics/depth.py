@@ -19,7 +19,8 @@ from interp.dynamics.train import config, train
 MODELS = {"1 layer": (1, False), "1 layer + back attention": (1, True), "2 layers": (2, False)}
 _SIZES: dict[str, Any] = {"n_heads": 2, "d_model": 48, "d_mlp": 96}
 _TRAINING: dict[str, Any] = {"learning_rate": 5e-3, "weight_decay": 0.1, "batch_size": 128, "every": 100}
-_TASKS: dict[str, tuple[Callable[..., Synthetic], dict[str, Any]]] = {
+#: Names of tasks: what makes them, and its options.
+TASKS: dict[str, tuple[Callable[..., Synthetic], dict[str, Any]]] = {
     "function_composition": (function_composition, {"n_symbols": 8, "n_functions": 16, "held_out": 0.1}),
     "double_sum": (double_sum, {"modulus": 17, "held_out": 0.2}),
 }
@@ -62,15 +63,15 @@ def compare_depths(
 
     Differs from the paper: tasks, sizes and training are ours; the paper's own were not at hand.
     """
-    if task not in _TASKS:
-        raise ValueError(f"task={task!r} is not known; use one of {', '.join(map(repr, _TASKS))}.")
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is not known; use one of {', '.join(map(repr, TASKS))}.")
     if not seeds:
         raise ValueError("seeds is empty: give at least one, for example seeds=(10, 11, 12).")
     histories = {(model, seed): _history(task, model, int(seed), steps, folder) for seed in seeds for model in MODELS}
     parts = [_measured(history).assign(component=m, value_seed=seed) for (m, seed), history in histories.items()]
     table = pd.concat(parts, ignore_index=True)[["component", "value_seed", "step", "metric", "value"]]
     meta = {
-        "task": task, **_TASKS[task][1], **_SIZES, **_TRAINING, "steps": steps, "seeds": [int(seed) for seed in seeds],
+        "task": task, **TASKS[task][1], **_SIZES, **_TRAINING, "steps": steps, "seeds": [int(seed) for seed in seeds],
         "n_parameters": {m: int(history.meta["n_parameters"]) for (m, _), history in histories.items()},
         "units": {"held-out accuracy": "fraction", "accuracy": "fraction", "held-out loss": "nats"},
     }  # fmt: skip
@@ -80,7 +81,7 @@ def compare_depths(
 def _history(task: str, model: str, seed: int, steps: int, folder: str | os.PathLike[str] | None) -> Result:
     """One run: trained, or read."""
     layers, back = MODELS[model]
-    generator, options = _TASKS[task]
+    generator, options = TASKS[task]
     recipe = {
         "depth": task, "options": options, "layers": layers, "back": back, "seed": seed, "steps": steps,
         "sizes": _SIZES, "training": _TRAINING,
