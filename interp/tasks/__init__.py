@@ -4,6 +4,7 @@ from interp.tasks.coloured_objects import coloured_objects
 from interp.tasks.corpus import Corpus, Windows, corpus, generated
 from interp.tasks.facts import country_capital, landmark_country
 from interp.tasks.greater_than import YearSets, greater_than, year_sets
+from interp.tasks.in_context import in_context
 from interp.tasks.induction import induction
 from interp.tasks.injection import Injections, injections
 from interp.tasks.ioi import ioi
@@ -28,6 +29,7 @@ __all__ = [
     "country_capital",
     "generated",
     "greater_than",
+    "in_context",
     "induction",
     "injections",
     "ioi",

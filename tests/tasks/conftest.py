@@ -28,6 +28,7 @@ def _corpus() -> str:
             fields += [field for row in csv.reader(file) for field in row]
     fixed = ["\nthe\nThe\nWe year lasted from to capital of is city We went see which in country abc"]
     fixed.append("In fact called homeland")
+    fixed += ["Text", "Sentiment", "Article", "Type"]
     # Labels, and the words of the questions, also at the start of a line; colours also as an answer.
     fields += [*string.ascii_uppercase, *(field.title() for field in fields if field.isalpha())]
     fields += re.findall(
