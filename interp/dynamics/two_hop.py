@@ -86,10 +86,10 @@ def two_hop_gain(
 
     Returns:
         A row for each held-out prompt, seed, variant and metric (`meta["units"]`): columns `component` (the variant),
-        `value_seed`, `target` (name of the task), `src` (the entity), `dst` (the country), `prompt` (its number in the
-        part that is held out), `metric`, `value_before`, `value_after`, `value` (the difference) and `value_seen` (1
-        where the answer was one in training). Prompts of an entity (a country) are not independent:
-        `interp.report.papers.back_attention` has intervals that resample those.
+        `value_seed`, `target` (name of the task), `prompt` (its number in the part that is held out), `src` (the
+        entity), `token` (the relation), `dst` (the country), `metric`, `value_before`, `value_after`, `value` (the
+        difference) and `value_seen` (1 where the answer was one in training). Prompts of an entity (a country) are not
+        independent: `interp.report.papers.back_attention` has intervals that resample those.
 
     Raises:
         ValueError: an unknown variant, or what `two_hop_split` and `train_back_attention` refuse.
@@ -114,8 +114,7 @@ def two_hop_gain(
         for seed in seeds:
             train, *tests = two_hop_split(task, by=by, held_out=held_out, seed=seed)
             tests += [two_hop_split(single, by=by, held_out=held_out, seed=seed)[1] for single in singles]
-            before = BackAttention(model.d_model, source=source, target=source, d_inner=1)  # writes zero
-            old = _asked(model, before, tests, answers)
+            old = _asked(model, _idle(model), tests, answers)
             for variant in variants:
                 back, history = train_back_attention(
                     model,
@@ -141,6 +140,36 @@ def two_hop_gain(
         return Result("Back attention on a frozen model", table, "by metric: see meta['units']", meta=meta)
 
     return kept_history(recipe, run, folder)
+
+
+def two_hop_answers(model: Model, *tasks: Task) -> Result:
+    """How a model answers tasks of `interp.tasks.two_hop` as it is.
+
+    Args:
+        model: a decoder with a `program`.
+        *tasks: with any hops and in any order.
+
+    Returns:
+        A row for each prompt and metric (`meta["units"]`): columns `prompt`, `src` (entity), `token` (relation),
+        `dst` (country), `target` (name of the task), `metric` and `value`. The answers among which "among answers"
+        chooses are those of all tasks given.
+
+    Raises:
+        ValueError: no tasks, or prompts that `two_hop` does not make.
+
+    Cost: a forward pass over the prompts.
+    """
+    if not tasks:
+        raise ValueError("two_hop_answers needs a task: give interp.tasks.two_hop(model).")
+    table = _asked(model, _idle(model), tasks, _answers(tasks)).drop(columns="answer")
+    meta = {**model.provenance, "tasks": [task.fingerprint for task in tasks], "units": _UNITS}
+    return Result("Answers to two hops", table, "by metric: see meta['units']", meta=meta)
+
+
+def _idle(model: Model) -> BackAttention:
+    """A module that writes nothing; at the last layer, below which everything is then computed once."""
+    last = model.n_layers - 1
+    return BackAttention(model.d_model, source=last, target=last, d_inner=1)
 
 
 def _answers(tasks: Sequence[Task]) -> dict[str, Tensor]:
@@ -180,7 +209,7 @@ def _asked(model: Model, back: BackAttention, tasks: Sequence[Task], answers: Ma
             for each, kind, answer in zip(logits, facts["kind"][rows], task.answers[rows], strict=True):
                 options = answers[kind].to(model.device)
                 found["among answers"].append(float(options[each[options].argmax()] == answer))
-        about = facts[["prompt"]].assign(target=task.name, src=facts["entity"], dst=facts["country"])
-        about["answer"] = task.answers.tolist()
+        about = facts.rename(columns={"entity": "src", "relation": "token", "country": "dst"}).drop(columns="kind")
+        about["target"], about["answer"] = task.name, task.answers.tolist()
         tables += [about.assign(metric=metric, value=values) for metric, values in found.items()]
     return pd.concat(tables, ignore_index=True)
