@@ -7,28 +7,34 @@ for), answers, and options (the labels). Demonstration i belongs to `label_i` in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from scipy.stats import rankdata
 from torch import Tensor
 
 from interp.core.batching import batches
-from interp.core.readout import Readout, readout
+from interp.core.readout import readout
 from interp.core.result import Result
+from interp.flow._labels import (
+    answer_loss,
+    at_once,
+    bounds,
+    classes,
+    elsewhere,
+    label_positions,
+    logits_at_end,
+    loyalty,
+    require_options,
+)  # fmt: skip
 from interp.models.model import Model
 from interp.models.program import Program, program
-from interp.patching._gradients import Prompts, Visit, forward, frozen, room
-from interp.patching._inputs import numbers, provenance, require_decoder
+from interp.patching._gradients import Visit, frozen
+from interp.patching._inputs import numbers, provenance
 from interp.tasks.task import Task
 
 #: Text to label word, label word to the position that predicts, and all other pairs.
 COMPONENTS = ("wp", "pq", "ww")
-
-#: How many of the most probable tokens word loyalty compares.
-_TOP = 5
 
 
 def saliency(model: Model, task: Task, *, batch_size: int | None = None) -> Result:
@@ -71,13 +77,13 @@ def saliency(model: Model, task: Task, *, batch_size: int | None = None) -> Resu
         >>> found.grid("layer", "component").shape
         (2, 3)
     """
-    labels = _labels(model, task)
+    labels = label_positions(model, task)
     readout(model, task, "log_prob")  # refuses a task without answers
     steps, n_pos = program(model), task.clean.shape[1]
-    parts = [_signed(model, steps, task[rows]) for rows in batches(len(task), batch_size or _at_once(model, n_pos))]
+    parts = [_signed(model, steps, task[rows]) for rows in batches(len(task), batch_size or at_once(model, n_pos))]
     signed = np.concatenate(parts)
     size = np.abs(signed)
-    first, end = _bounds(task)
+    first, end = bounds(task)
     p, q = labels.cpu().numpy() - first[:, None], end - first
     rows = np.arange(len(task))
     below = np.tril(np.ones((n_pos, n_pos), dtype=bool), -1)
@@ -139,24 +145,24 @@ def isolation(
         >>> found.grid("target", "component").shape
         (2, 2)
     """
-    labels = _labels(model, task)
-    _require_options(task)
+    labels = label_positions(model, task)
+    require_options(task)
     if not 1 <= layers <= model.n_layers:
         raise ValueError(f"layers={layers}, but {model.name} has {model.n_layers}: take 1 to {model.n_layers}.")
     if draws < 1:
         raise ValueError(f"draws={draws}: take at least 1.")
-    random = _elsewhere(task, labels, draws, seed)
+    random = elsewhere(task, labels, labels.shape[1], task.positions["end"], draws, seed)
     steps = program(model)
     sides = {"first": range(layers), "last": range(model.n_layers - layers, model.n_layers)}
     kinds = {"label": [labels], "random": list(random.unbind(1))}
     rows = []
-    for cut in batches(len(task), batch_size or _at_once(model, task.clean.shape[1])):
+    for cut in batches(len(task), batch_size or at_once(model, task.clean.shape[1])):
         part = task[cut]
-        before = _logits(model, steps, part)
+        before = logits_at_end(model, steps, part)
         for target, sets in kinds.items():
             for component, where in sides.items():
-                after = [_logits(model, steps, part, _isolating(chosen[cut]), where) for chosen in sets]
-                loyal = np.mean([_loyalty(part, before, logits) for logits in after], axis=0)
+                after = [logits_at_end(model, steps, part, _isolating(chosen[cut]), where) for chosen in sets]
+                loyal = np.mean([loyalty(part, before, logits) for logits in after], axis=0)
                 rows += [
                     (cut.start + i, target, component, float(one), float(words)) for i, (one, words) in enumerate(loyal)
                 ]
@@ -166,129 +172,83 @@ def isolation(
     return Result("anchors.isolation", table, "share", meta=meta)
 
 
-def reweighted(
-    model: Model, task: Task, betas: Float[Tensor, "layer head label"], *, batch_size: int | None = None
-) -> Result:
-    """The prediction with attention from the end to each label word scaled, A'(q, p_i) = exp(beta_i) A(q, p_i).
+def aucroc(model: Model, task: Task, *, batch_size: int | None = None) -> Result:
+    """How well the attention of the end to the label words tells what the model will say, layer by layer.
 
-    One beta a layer, head and label word; rows are not renormalised.
+    A_l(q, p_i), the mean over heads of the attention from the end to the label word of class i, is the score for "the
+    model's most probable option is i". AUC_l is the area under the curve of true against false positives over the
+    prompts, mean over classes. R_l is the sum of AUC - 1/2 up to layer l, over that of all layers.
 
     Args:
         model: a decoder.
-        task: see the module; with answers and options.
-        betas: 0 leaves the model as it is.
+        task: see the module; with options, the same ones in every prompt.
         batch_size: prompts at once; None chooses from the free memory.
 
     Returns:
-        Result, one row a prompt: `prompt value value_log_prob`: 1 where the most probable option is the answer, and the
-        answer's log-probability over the whole vocabulary (nats); unit "share". Array "logits" `[prompt option]`.
+        Result, one row a layer: `layer value value_cumulative`, AUC_l and R_l; unit "AUCROC". Arrays: "auc" `[layer
+        option]`, NaN for an option that all prompts or none are given; "attention" `[prompt layer option]`, where an
+        option has several label words their sum; "predicted" `[prompt]`, an index of the options.
 
     Raises:
-        ValueError: as `train`; betas of another shape.
+        ValueError: no options, or other ones in another prompt; label words that are not options; label words as for
+            `saliency`; a model that says the same of all prompts; no decoder.
+        NoProgramError: an architecture without a layer-by-layer program.
 
     Cost: one forward pass.
 
     Example:
-        >>> import torch
-        >>> from dataclasses import replace
         >>> from interp.models import toy
-        >>> from interp.tasks import induction
-        >>> model = toy.induction()
-        >>> task = induction(model, 4, 5)
-        >>> named = {"label_0": task.positions["source"], "end": task.positions["end"]}
-        >>> task = replace(task, positions=named, options=torch.stack([task.wrong, task.answers], 1))
-        >>> betas = torch.zeros(model.n_layers, model.n_heads, 1)
-        >>> [reweighted(model, task, betas - off).table["value"].mean().item() for off in (0, 50)]
-        [1.0, 0.0]
+        >>> model, tokens = toy.random("llama"), toy.random_tokens(toy.random("llama"), 8, 9)
+        >>> tokens[:, 3], tokens[:, 6] = 10, 20
+        >>> places = {name: torch.full((8,), at) for name, at in (("label_0", 3), ("label_1", 6), ("end", 8))}
+        >>> options = torch.tensor([[10, 20]] * 8)
+        >>> task = Task("drawn", tuple("abcdefgh"), tokens, "drawn", options=options, positions=places)
+        >>> found = aucroc(model, task)
+        >>> found.arrays["attention"][1].shape, found.table["value"].between(0, 1).all().item()
+        ((8, 3, 2), True)
     """
-    labels = _labels(model, task)
-    answers, options = _require_options(task, answers=True)
-    shape = (model.n_layers, model.n_heads, labels.shape[1])
-    if tuple(betas.shape) != shape:
-        raise ValueError(f"betas are {tuple(betas.shape)}; one for each layer, head and label word is {shape}.")
-    steps, found = program(model), []
-    for cut in batches(len(task), batch_size or _at_once(model, task.clean.shape[1])):
-        found.append(_logits(model, steps, task[cut], _scaling(task[cut], labels[cut], betas.to(model.device))))
-    logits = torch.cat(found).double()
-    chosen = logits.gather(1, options)
-    right = options.gather(1, chosen.argmax(1, keepdim=True))[:, 0] == answers
-    log_prob = logits.log_softmax(-1).gather(1, answers[:, None])[:, 0]
-    table = pd.DataFrame({"prompt": range(len(task)), "value": numbers(right), "value_log_prob": numbers(log_prob)})
-    arrays = {"logits": (("prompt", "option"), numbers(chosen))}
-    return Result("anchors.reweighted", table, "share", arrays=arrays, meta=provenance(model, task))
+    labels = label_positions(model, task)
+    _, options = require_options(task)
+    of_class, steps = classes(task, labels), program(model)
+    cuts = batches(len(task), batch_size or at_once(model, task.clean.shape[1]))
+    logits, attention = zip(*(_to_labels(model, steps, task[cut], labels[cut]) for cut in cuts), strict=True)
+    words = numbers(torch.cat(attention))
+    found = np.stack([words[:, :, numbers(of_class) == i].sum(-1) for i in range(options.shape[1])], -1)
+    chosen = torch.cat(logits).gather(1, options).argmax(1).cpu().numpy()
+    auc = np.stack([_area(found[:, :, i], chosen == i) for i in range(options.shape[1])], -1)
+    if np.isnan(auc).all():
+        raise ValueError(
+            f"{model.name} says the same of all {len(task)} prompts of task {task.name!r}, and no score can tell them "
+            "apart: take more prompts, or others."
+        )
+    value = np.nanmean(auc, 1)
+    table = pd.DataFrame({"layer": range(len(value)), "value": value})
+    table["value_cumulative"] = (value - 0.5).cumsum() / (value - 0.5).sum()
+    arrays = {
+        "auc": (("layer", "option"), auc), "attention": (("prompt", "layer", "option"), found),
+        "predicted": (("prompt",), chosen),
+    }  # fmt: skip
+    return Result("anchors.aucroc", table, "AUCROC", arrays=arrays, meta=provenance(model, task))
 
 
-def train(
-    model: Model, task: Task, *, lr: float = 0.1, epochs: int = 10, seed: int = 0
-) -> tuple[Float[Tensor, "layer head label"], Result]:
-    """Learn the betas of `reweighted` on labelled examples: Adam, one example a step, from 0, the model frozen.
-
-    Args:
-        model: a decoder; its weights do not change.
-        task: examples, each with the demonstrations before it; with answers and options.
-        lr: learning rate.
-        epochs: how often each example is seen.
-        seed: of the order.
-
-    Returns:
-        The betas, and a Result with one row a step: `step prompt value`, the cross-entropy of the answer (nats) before
-        the step. Array "beta" `[layer head label]`.
-
-    Raises:
-        ValueError: no answers or options; label words as for `saliency`; no epochs; no decoder.
-        NoProgramError: an architecture without a layer-by-layer program.
-
-    Cost: a forward and a backward pass an example and epoch.
-
-    Example:
-        >>> import torch
-        >>> from dataclasses import replace
-        >>> from interp.models import toy
-        >>> from interp.tasks import induction
-        >>> model = toy.induction()
-        >>> task = induction(model, 4, 5)
-        >>> named = {"label_0": task.positions["source"], "end": task.positions["end"]}
-        >>> task = replace(task, positions=named, options=torch.stack([task.wrong, task.answers], 1))
-        >>> betas, steps = train(model, task, epochs=2)
-        >>> tuple(betas.shape), len(steps.table)
-        ((2, 2, 1), 8)
-    """
-    labels = _labels(model, task)
-    _require_options(task, answers=True)
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs}: take at least 1.")
-    steps = program(model)
-    betas = torch.zeros(model.n_layers, model.n_heads, labels.shape[1], device=model.device, requires_grad=True)
-    optimiser = torch.optim.Adam([betas], lr=lr)
-    order = np.random.default_rng(seed)
-    rows: list[tuple[int, int, float]] = []
-    with frozen(model), torch.enable_grad():
-        for prompt in (int(i) for _ in range(epochs) for i in order.permutation(len(task))):
-            optimiser.zero_grad()
-            part = task[prompt : prompt + 1]
-            loss = _loss(model, steps, part, _scaling(part, labels[prompt : prompt + 1], betas)).sum()
-            loss.backward()
-            optimiser.step()
-            rows.append((len(rows), prompt, float(loss.detach())))
-    learned = betas.detach()
-    table = pd.DataFrame(rows, columns=["step", "prompt", "value"])
-    meta = provenance(model, task, lr=lr, epochs=epochs, seed=seed)
-    arrays = {"beta": (("layer", "head", "label"), numbers(learned))}
-    return learned, Result("anchors.train", table, "nats", arrays=arrays, meta=meta)
-
-
-def _scaling(part: Task, labels: Tensor, betas: Tensor) -> Visit:
-    """Scales attention from the end to the label words."""
-    rows, end = torch.arange(len(part), device=labels.device), part.positions["end"]
+def _to_labels(model: Model, steps: Program, part: Task, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits at the end, and the mean over heads of its attention to the label words `[prompt layer label]`."""
+    rows, end = torch.arange(len(part), device=labels.device)[:, None], part.positions["end"][:, None]
+    layers: list[Tensor] = []
 
     def visit(site: str, layer: int, pattern: Tensor) -> Tensor:
-        factor = torch.ones_like(pattern, dtype=betas.dtype)
-        for which, at in enumerate(labels.unbind(1)):
-            factor = factor.index_put((rows[:, None], torch.arange(pattern.shape[1], device=rows.device)[None],
-                                       end[:, None], at[:, None]), betas[layer, :, which].exp()[None])  # fmt: skip
-        return (pattern * factor).to(pattern.dtype)
+        layers.append(pattern[rows, :, end, labels].double().mean(-1))
+        return pattern
 
-    return visit
+    return logits_at_end(model, steps, part, visit), torch.stack(layers, 1)
+
+
+def _area(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Share of pairs of a positive and a negative row `[prompt layer]` whose scores are in order; a tie is half one."""
+    n, others = positive.sum(), (~positive).sum()
+    if not n or not others:
+        return np.full(scores.shape[1], np.nan)
+    return (rankdata(scores, axis=0)[positive].sum(0) - n * (n + 1) / 2) / (n * others)
 
 
 def _isolating(chosen: Tensor) -> Visit:
@@ -302,29 +262,6 @@ def _isolating(chosen: Tensor) -> Visit:
     return visit
 
 
-@torch.no_grad()
-def _logits(
-    model: Model, steps: Program, part: Task, visit: Visit | None = None, layers: Sequence[int] | None = None
-) -> Tensor:
-    """Logits at the end, `[batch d_vocab]`, of a run whose patterns a function changes in some layers (None: all)."""
-    read = Readout("logits", "logits", part.positions["end"], None, lambda logits, rows: logits)
-    return forward(model, steps, Prompts(part.clean, part.mask, read), visit or _unchanged, _patterns(model, layers))
-
-
-def _loss(model: Model, steps: Program, part: Task, visit: Visit) -> Tensor:
-    """Cross-entropy of the answers, `[batch]`."""
-    read = readout(model, part, "log_prob")
-    return -forward(model, steps, Prompts(part.clean, part.mask, read), visit, _patterns(model, None))
-
-
-def _patterns(model: Model, layers: Sequence[int] | None) -> set[tuple[str, int]]:
-    return {("pattern", layer) for layer in (range(model.n_layers) if layers is None else layers)}
-
-
-def _unchanged(site: str, layer: int, activation: Tensor) -> Tensor:
-    return activation
-
-
 def _signed(model: Model, steps: Program, part: Task) -> np.ndarray:
     """Sum over heads of A * dL/dA, `[prompt layer q_pos k_pos]`."""
     patterns: list[Tensor] = []
@@ -334,74 +271,7 @@ def _signed(model: Model, steps: Program, part: Task) -> np.ndarray:
         return patterns[-1]
 
     with frozen(model), torch.enable_grad():
-        loss = _loss(model, steps, part, visit).sum()
+        loss = answer_loss(model, steps, part, visit).sum()
         gradients = torch.autograd.grad(loss, patterns)
     flows = [(a.double() * g.double()).sum(1) for a, g in zip(patterns, gradients, strict=True)]
     return numbers(torch.stack(flows, 1))
-
-
-def _loyalty(part: Task, before: Tensor, after: Tensor) -> list[tuple[float, float]]:
-    """(label loyalty, word loyalty) of each prompt."""
-    assert part.options is not None
-    same = before.gather(1, part.options).argmax(1) == after.gather(1, part.options).argmax(1)
-    tops = [logits.topk(min(_TOP, logits.shape[1])).indices.tolist() for logits in (before, after)]
-    words = [len(set(a) & set(b)) / len(set(a) | set(b)) for a, b in zip(*tops, strict=True)]
-    return list(zip(same.double().tolist(), words, strict=True))
-
-
-def _elsewhere(task: Task, labels: Tensor, draws: int, seed: int) -> Tensor:
-    """Random positions `[batch draw label]`, neither label words nor the first token nor the end."""
-    found = []
-    for row, (first, end) in enumerate(zip(*(bound.tolist() for bound in _bounds(task)), strict=True)):
-        others = sorted(set(range(first + 1, end)) - set(labels[row].tolist()))
-        if len(others) < labels.shape[1]:
-            raise ValueError(
-                f"task {task.name!r}, prompt {row}: {len(others)} positions are neither first, label word nor end, and "
-                f"{labels.shape[1]} are drawn for comparison: take longer prompts."
-            )
-        rng = np.random.default_rng([seed, row])
-        found.append([rng.choice(others, labels.shape[1], replace=False) for _ in range(draws)])
-    return torch.as_tensor(np.array(found), device=labels.device)
-
-
-def _bounds(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """First token after the padding and the end of each prompt."""
-    first = np.zeros(len(task), dtype=int) if task.mask is None else task.mask.long().argmax(1).cpu().numpy()
-    return first, task.positions["end"].cpu().numpy()
-
-
-def _at_once(model: Model, n_pos: int) -> int:
-    return max(1, room(model, n_pos) // n_pos)
-
-
-def _require_options(task: Task, *, answers: bool = False) -> tuple[Tensor, Tensor]:
-    if task.options is None or (answers and task.answers is None):
-        raise ValueError(
-            f"task {task.name!r} needs {'answers and ' if answers else ''}options, the token ids of the labels: give "
-            "options=`[batch option]` (and answers=`[batch]`) when you make it."
-        )
-    return (task.answers if task.answers is not None else task.options[:, 0]), task.options
-
-
-def _labels(model: Model, task: Task) -> Tensor:
-    """Positions of the label words `[batch label]`, on the task's device."""
-    require_decoder(model)
-    names = [name for i in range(len(task.positions)) if (name := f"label_{i}") in task.positions]
-    stray = [name for name in task.positions if name.startswith("label_") and name not in names]
-    if not names or stray or names[-1] != f"label_{len(names) - 1}" or "end" not in task.positions:
-        raise ValueError(
-            f"task {task.name!r} has positions {', '.join(sorted(task.positions))}; it needs 'end' and the label words "
-            "of the demonstrations as 'label_0', 'label_1', ... without a gap."
-        )
-    labels, end = torch.stack([task.positions[name] for name in names], 1), task.positions["end"]
-    first = torch.as_tensor(_bounds(task)[0], device=labels.device)
-    ordered = labels.sort(1).values
-    refused = (ordered[:, 1:] == ordered[:, :-1]).any(1) | (labels >= end[:, None]).any(1)
-    refused |= (labels < first[:, None]).any(1) | (end != task.clean.shape[1] - 1)
-    if bool(refused.any()):
-        row = int(refused.nonzero()[0])
-        raise ValueError(
-            f"task {task.name!r}, prompt {row}: label words at {labels[row].tolist()} and end {int(end[row])}. Label "
-            f"words are different tokens of the prompt, before the end, and the end is its last token."
-        )
-    return labels

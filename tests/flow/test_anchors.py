@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from interp.flow import anchors
-from interp.flow.anchors import isolation, reweighted, saliency, train
+from interp.flow import _labels, anchors
+from interp.flow.anchor_reweighting import _scaling, reweighted, train
+from interp.flow.anchors import aucroc, isolation, saliency
 from interp.models import toy
 from interp.models._planted_build import WORDS, blank, finish, head
 from interp.models._planted_case import any_of, prompt
@@ -186,7 +187,7 @@ def test_isolation_is_what_a_hook_does():
 def test_random_positions_are_none_of_the_named():
     task = random_task(random_model("llama"), padded=True)
     labels = torch.stack([task.positions["label_0"], task.positions["label_1"]], 1)
-    drawn = anchors._elsewhere(task, labels, 20, 0)
+    drawn = _labels.elsewhere(task, labels, 2, task.positions["end"], 20, 0)
     for row, allowed in enumerate(({3, 5, 7}, {1, 3, 4, 5, 7}, {1, 2, 4, 6, 7})):
         assert set(drawn[row].flatten().tolist()) == allowed
         assert all(len(set(draw.tolist())) == 2 for draw in drawn[row])
@@ -201,16 +202,16 @@ def test_no_reweighting_is_the_model_and_its_slope_the_signed_saliency():
     betas = torch.zeros(3, 4, 2, requires_grad=True)
     found = reweighted(model, task, betas.detach())
     steps = program(model)
-    plain = anchors._logits(model, steps, task).double()
+    plain = _labels.logits_at_end(model, steps, task).double()
     assert (found.arrays["logits"][1] == plain.gather(1, task.options).numpy()).all()  # times exp(0): the same bits
     bridge = run(model, task.clean, mask=task.mask).logits[:, -1].double().log_softmax(-1)
     expected = bridge[torch.arange(3), task.answers]
     np.testing.assert_allclose(found.table["value_log_prob"], expected, atol=1e-4)  # float32, two programs
     signed = saliency(model, task).arrays["signed"][1]
-    labels = anchors._labels(model, task)
+    labels = _labels.label_positions(model, task)
     for row in range(3):
         part = task[row : row + 1]
-        loss = anchors._loss(model, steps, part, anchors._scaling(part, labels[row : row + 1], betas)).sum()
+        loss = _labels.answer_loss(model, steps, part, _scaling(part, labels[row : row + 1], betas)).sum()
         (slope,) = torch.autograd.grad(loss, [betas])
         by_layer = signed[row][:, N_POS - 1, labels[row].numpy()]
         np.testing.assert_allclose(slope.sum(1), by_layer, rtol=1e-3, atol=1e-5)  # float32
@@ -299,3 +300,79 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match="take longer prompts"):
         isolation(model, short, layers=1)
+
+
+# --- attention as a score ------------------------------------------------------------------------------------------
+
+
+def labelled(model, *, n=12, padded=False):
+    """Prompts whose label words are their options, the same ones in all."""
+    tokens = toy.random_tokens(model, n, N_POS)
+    tokens[:, 3], tokens[:, 6] = 10, 20
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[0, :2] = 0
+    options = torch.tensor([[10, 20]] * n)
+    positions = {name: torch.full((n,), at) for name, at in (("label_0", 3), ("label_1", 6), ("end", N_POS - 1))}
+    return Task(
+        "labelled", tuple(map(str, range(n))), tokens, "drawn", answers=options[torch.arange(n), torch.arange(n) % 2],
+        options=options, positions=positions, mask=mask if padded else None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_aucroc_by_pairs_of_prompts():
+    """The share of (said, not said) pairs whose attention is in order, counted one by one on the bridge's patterns."""
+    model = random_model("llama")
+    task = labelled(model, padded=True)
+    found = aucroc(model, task, batch_size=5)
+    seen = run(model, task.clean, mask=task.mask, capture=[f"blocks.{i}.attn.hook_pattern" for i in range(3)])
+    said = seen.logits[:, -1].gather(1, task.options).argmax(1)
+    assert 0 < said.sum() < len(said) and found.arrays["predicted"][1].tolist() == said.tolist()
+    areas = []
+    for layer in range(3):
+        attention = seen.cache[f"blocks.{layer}.attn.hook_pattern"][:, :, -1, [3, 6]].mean(1)
+        np.testing.assert_allclose(found.arrays["attention"][1][:, layer], attention, atol=1e-6)  # float32
+        for option in range(2):
+            yes, no = (found.arrays["attention"][1][(said == option).numpy() == kind, layer, option] for kind in (1, 0))
+            pairs = [float(a > b) + 0.5 * float(a == b) for a in yes for b in no]
+            areas.append(np.mean(pairs))
+    np.testing.assert_allclose(found.arrays["auc"][1].ravel(), areas, atol=1e-12)
+    above = found.table["value"] - 0.5
+    np.testing.assert_allclose(found.table["value"], np.reshape(areas, (3, 2)).mean(1), atol=1e-12)
+    np.testing.assert_allclose(found.table["value_cumulative"], above.cumsum() / above.sum(), atol=1e-12)
+    assert found.table["value_cumulative"].iloc[-1] == pytest.approx(1)
+
+
+def test_aucroc_of_several_label_words_and_of_what_is_never_said():
+    model = random_model("llama")
+    task = labelled(model)
+    twice = replace(task, clean=task.clean.clone(), positions=dict(task.positions) | {"label_2": torch.full((12,), 5)})
+    twice.clean[:, 5] = 10
+    found = aucroc(model, twice).arrays["attention"][1]
+    plain = replace(twice, positions=task.positions)
+    first = aucroc(model, plain).arrays["attention"][1]
+    assert (found[:, :, 0] > first[:, :, 0]).all() and (found[:, :, 1] == first[:, :, 1]).all()
+    three = replace(twice, positions=twice.positions, options=torch.tensor([[10, 20, 30]] * 12))
+    three.clean[:, 4] = 30
+    three = replace(three, positions=dict(three.positions) | {"label_3": torch.full((12,), 4)})
+    auc = aucroc(model, three)
+    said = set(auc.arrays["predicted"][1].tolist())
+    never = [option for option in range(3) if option not in said]
+    assert np.isnan(auc.arrays["auc"][1][:, never]).all() and not auc.table.isna().any(axis=None)
+
+
+def test_aucroc_refuses():
+    model = random_model("llama")
+    task = labelled(model)
+    with pytest.raises(
+        ValueError, match="prompt 0: its label words are tokens \\[10, 20\\] .* \\[10, 30\\]"
+    ):
+        aucroc(model, replace(task, answers=None, options=torch.tensor([[10, 30]] * 12)))
+    changed = task.options.clone()
+    changed[4] = changed[4].flip(0)
+    with pytest.raises(ValueError, match="prompt 4: .* the same one of them in each"):
+        aucroc(model, replace(task, options=changed))
+    said = aucroc(model, task).arrays["predicted"][1]
+    with pytest.raises(ValueError, match="says the same of all"):
+        aucroc(model, task[np.flatnonzero(said == 0)])
