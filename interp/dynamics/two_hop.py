@@ -28,7 +28,7 @@ from interp.tasks.two_hop import two_hop_facts, two_hop_split
 #: attention on prompts whose answers changed places with those of other prompts with the same relation.
 VARIANTS = ("back attention", "plain attention", "shuffled answers")
 _TRAINING: dict[str, Any] = {
-    "steps": 24, "learning_rate": 1e-2, "warmup": 5, "weight_decay": 0.01, "batch_size": 16, "every": 24,
+    "steps": 20, "learning_rate": 1e-2, "warmup": 5, "weight_decay": 0.01, "batch_size": 12, "every": 20,
 }  # fmt: skip
 _AT_ONCE = 16
 #: Held-out prompts that are looked at during training.
@@ -82,7 +82,7 @@ def two_hop_gain(
         d_inner: see `BackAttention`.
         n_heads: see `BackAttention`.
         folder: where to keep the Result; None for the cache folder.
-        **options: of `train_back_attention`; 24 steps of 16 prompts at 1e-2 unless they say otherwise.
+        **options: of `train_back_attention`; 20 steps of 12 prompts at 1e-2 unless they say otherwise.
 
     Returns:
         A row for each held-out prompt, seed, variant and metric (`meta["units"]`): columns `component` (the variant),
