@@ -1,4 +1,4 @@
-"""What has each layer got ready for the output? The tuned lens: an affine map from its stream to the last one's, trained."""
+"""What has each layer got ready for the output? The tuned lens: a trained affine map from its stream to the last."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ class TunedLens:
         n, d_model = self.bias.shape
         if len(self.layers) != n or self.weight.shape != (n, d_model, d_model):
             raise ValueError(
-                f"{len(self.layers)} layers, weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)} do not "
-                "fit: they are [layer d_model d_model] and [layer d_model]."
+                f"{len(self.layers)} layers, weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)} do "
+                "not fit: they are [layer d_model d_model] and [layer d_model]."
             )
 
     def __repr__(self) -> str:
         return f"<TunedLens of {self.meta.get('model')}: layers {list(self.layers)}>"
 
     def translate(self, layer: int, h: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """h + W h + b, in the type of h.
+        """The translator's h + W h + b, in the type of h.
 
         Args:
             layer: one of `layers`.
@@ -91,8 +91,8 @@ class TunedLens:
         if theirs != (model.fingerprint, model.weights):
             raise ValueError(
                 f"this tuned lens is of {self.meta.get('model')} ({theirs[1]} weights, fingerprint "
-                f"{str(theirs[0])[:12]}), not of {model.name} ({model.weights} weights, {model.fingerprint[:12]}): load "
-                "that model, or train a lens on this one."
+                f"{str(theirs[0])[:12]}), not of {model.name} ({model.weights} weights, {model.fingerprint[:12]}): "
+                "load that model, or train a lens on this one."
             )
 
 
@@ -237,8 +237,8 @@ def train(
     held_out = None if validation is None else streams(model, validation, chosen, skip)
     if own.n_tokens <= model.d_model:
         raise ValueError(
-            f"the text has {own.n_tokens} tokens to learn from, but each output of a translator has {model.d_model + 1} "
-            f"parameters ({model.d_model} inputs and a bias): give more text, several times as many tokens as that."
+            f"the text has {own.n_tokens} tokens to learn from, but a translator has {model.d_model + 1} parameters "
+            f"for each output ({model.d_model} inputs and a bias): give more text, several times as many tokens."
         )
     size = min(own.units, max(1, tokens_per_step // own.per_unit))
     settings = {
@@ -317,8 +317,8 @@ def load(model: Model, folder: str | os.PathLike[str]) -> TunedLens:
     try:
         about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
         tensors = load_file(place / _WEIGHTS)
-        parts = [tensors[name].to(model.device) for name in ("weight", "bias")]
-        lens = TunedLens(tuple(about["layers"]), *parts, about["meta"])
+        weight, bias = (tensors[name].to(model.device) for name in ("weight", "bias"))
+        lens = TunedLens(tuple(about["layers"]), weight, bias, about["meta"])
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the tuned lens in {place} cannot be read ({error}): train and save it again.") from None
     lens.require(model)

@@ -70,12 +70,12 @@ def read(model: Model, folder: str | os.PathLike[str]) -> TunedLens:
             f"the lens in {place} is of {config.get('base_model_name_or_path')} (d_model {sizes[0]}, {sizes[1]} "
             f"layers), not of {model.name} (d_model {model.d_model}, {model.n_layers} layers): load that model."
         )
-    theirs = config.get("unembed_hash")
-    if theirs is not None and theirs != unembed_hash(output(model).unembed):
+    ours, theirs = unembed_hash(output(model).unembed), config.get("unembed_hash")
+    if theirs not in (None, ours):
         raise ValueError(
-            f"the lens in {place} was trained with another unembedding than {model.name} has (hash {theirs[:12]}, not "
-            f"{unembed_hash(output(model).unembed)[:12]}): load {config.get('base_model_name_or_path')}. The hash is of "
-            f'rounded weights; if you know better, set "unembed_hash" to null in {place / _CONFIG}.'
+            f"the lens in {place} was trained with another unembedding than that of {model.name} (hash {theirs[:12]}, "
+            f"not {ours[:12]}): load {config.get('base_model_name_or_path')}. The hash is of rounded weights; if you "
+            f'know better, set "unembed_hash" to null in {place / _CONFIG}.'
         )
     with_bias = [key for key in keys if config.get("bias", True) or key.endswith("weight")]
     # A hair's breadth between formats: older files of lenses without a bias carry one of zeros.
