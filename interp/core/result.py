@@ -166,7 +166,7 @@ class Result:
         """Draw the table with `interp.report.plots`.
 
         Args:
-            kind: name of the plotting function there: "heatmap", "lines", "bars" or "scatter".
+            kind: name of the plotting function there: "heatmap", "lines", "bars" or "scatter", or "top_tokens".
             **options: handed on to it, for example x="layer", y="value", ax=ax.
 
         Returns:

@@ -21,6 +21,7 @@ from interp.lenses._final import final_norm
 from interp.lenses._output import Output, output, tiles
 from interp.lenses._reading import Positions, Rows, as_task, rows_of
 from interp.lenses.attention import AttentionLens
+from interp.lenses.tuned import TunedLens
 from interp.models.hooks import run
 from interp.models.model import Model
 from interp.models.program import hook_name
@@ -32,7 +33,7 @@ SIDES = ("promotes", "suppresses")
 #: Positions whose activations are in memory together.
 _TOKENS = 512
 
-Lens = AttentionLens | Literal["logit"]
+Lens = AttentionLens | TunedLens | Literal["logit"]
 
 
 @torch.no_grad()
@@ -193,7 +194,9 @@ def _of_heads(
     return lambda tile: lens.logits(model, layer, z[tile], heads=heads, scale=scale[tile]) - bias
 
 
-def _of_stream(way: Output, lens: Literal["logit"], layer: int, stream: Tensor) -> Callable[[slice], Tensor]:
+def _of_stream(
+    way: Output, lens: TunedLens | Literal["logit"], layer: int, stream: Tensor
+) -> Callable[[slice], Tensor]:
     def read(tile: slice) -> Tensor:
         moved = stream[tile] if isinstance(lens, str) else lens.translate(layer, stream[tile])
         return way.logits(moved)[:, None]

@@ -1,34 +1,20 @@
-"""Which head does what? One figure of all heads by their strongest relation, and a page to look through them.
-
-The page needs nothing else: no server, no network, no other file. Its data are JSON inside it, its script is allowed by
-its hash alone and writes every token as text, so that no token can be markup.
-"""
+"""Which head does what? One figure of all heads by their strongest relation, and a page to look through them."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
 from interp.core.result import Result
 from interp.report import _drawing as drawing
-from interp.report import _tidy
 from interp.report._drawing import DOUBLE, SINGLE, style
-from interp.report._templates import render
+from interp.report._page import Page, page
 from interp.report.text import visible
 from interp.weights.maps import PROMOTES, SUPPRESSES
 from interp.weights.structure import THRESHOLD, per_head
@@ -142,43 +128,6 @@ def _strongest(
     return heads, {group: _HUES[i] if i < len(_HUES) else OTHER for i, group in enumerate(groups)}
 
 
-@dataclass(frozen=True)
-class AtlasPage:
-    """A page of its own, which a notebook shows in a frame.
-
-    Attributes:
-        text: the page's HTML, whole.
-    """
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    def _repr_html_(self) -> str:
-        # In a frame of its own: neither its style nor its script meets the notebook's.
-        return (
-            '<iframe title="Atlas of heads" sandbox="allow-scripts" style="width:100%;height:760px;border:1px solid '
-            f'#d9dde2" srcdoc="{html.escape(self.text, quote=True)}"></iframe>'
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to a file, whole or not at all.
-
-        Args:
-            path: the file.
-
-        Returns:
-            Its path.
-
-        Raises:
-            OSError: when it cannot be written.
-        """
-        target = Path(path).expanduser()
-        _tidy.replace_text(target, self.text)
-        return target
-
-
 def atlas_html(
     scores: Result,
     *,
@@ -186,7 +135,7 @@ def atlas_html(
     descriptors: Result | None = None,
     threshold: float = THRESHOLD,
     categories: Mapping[str, str] | None = None,
-) -> AtlasPage:
+) -> Page:
     """A page with all heads to look through: relations, salient tokens and what becomes of them, descriptors.
 
     Point at a head, or move to it with the arrow keys, to see what it does; click it, or press Enter, to keep it in
@@ -224,23 +173,17 @@ def atlas_html(
         "threshold": threshold,
         "cells": cells,
     }
-    # "<" is written as an escape, so that no token can end the element that the data are in.
-    written = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", r"\u003c")
-    script = _script()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    page = render(
-        "atlas.html.j2",
+    return page(
+        "atlas",
+        "Atlas of heads",
+        data,
         model=str(scores.meta.get("model", "")),
         threshold=f"{threshold:g}",
         n_heads=len(cells),
         n_coloured=len(heads),
         groups=_named(heads, paint),
         relations=sorted((visible(name), index) for index, name in enumerate(names)),
-        data=Markup(written),
-        script=Markup(script),
-        digest=digest,
     )
-    return AtlasPage(page)
 
 
 def _name(layer: Any, head: Any) -> str:
@@ -279,8 +222,3 @@ def _add_descriptors(cells: dict[str, dict[str, Any]], descriptors: Result | Non
         if cell := cells.get(_name(row.layer, row.head)):
             numbers = [float(f"{number:.3g}") for number in (row.value, row.value_control, row.value_p)]
             cell.setdefault("descriptors", []).append([visible(row.metric), *numbers])
-
-
-@cache
-def _script() -> str:
-    return (Path(__file__).parent / "templates" / "atlas.js").read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from interp.report.claims import MIME, Claims
 
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
 
-# What `report.atlas` and `report.circuit` show in a notebook: a page in a frame, and a piece that a page goes around.
+# What `report.atlas`, `report.lens` and `report.circuit` show in a notebook: pages in a frame, and a piece of a page.
 _FRAME = re.compile(r'<iframe title="[^"]*" sandbox="allow-scripts" [^<>]*srcdoc="([^"]*)"></iframe>')
 _CIRCUIT = '<div class="interp-circuit">'
 
@@ -238,7 +238,8 @@ def pages_of(path: str | os.PathLike[str]) -> list[Page]:
         path: the executed notebook.
 
     Returns:
-        One `Page` for each of `report.atlas.atlas_html` and `report.circuit.view`, in order, captioned as figures are.
+        One `Page` for each of `report.atlas.atlas_html`, `report.lens.lens_html` and `report.circuit.view`, in order,
+        captioned as figures are.
     """
     pages, heading = [], ""
     for cell in _tidy.own_cells(nbformat.read(path, as_version=4)):

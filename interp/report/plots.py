@@ -27,6 +27,7 @@ from matplotlib.patches import Rectangle
 from interp.core.result import Result
 from interp.report import _drawing as drawing
 from interp.report._drawing import DOUBLE, SINGLE, style
+from interp.report.lens import top_tokens
 from interp.report.text import visible
 
 __all__ = ["DOUBLE", "RESULT_KINDS", "SINGLE", "bars", "heatmap", "lines", "pattern", "scatter", "style", "tokens"]
@@ -393,4 +394,6 @@ def _group_name(group: str | None, key: Any) -> str:
 
 
 #: What `Result.plot(kind)` can draw.
-RESULT_KINDS: dict[str, Callable[..., Axes]] = {"heatmap": heatmap, "lines": lines, "bars": bars, "scatter": scatter}
+RESULT_KINDS: dict[str, Callable[..., Axes]] = {
+    "heatmap": heatmap, "lines": lines, "bars": bars, "scatter": scatter, "top_tokens": top_tokens,
+}  # fmt: skip

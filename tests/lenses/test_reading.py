@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from interp.lenses import _output, reading
 from interp.lenses.attention import AttentionLens, direct
 from interp.lenses.logit import logit_lens
 from interp.lenses.reading import top_tokens
+from interp.lenses.tuned import identity
 from interp.models import load, toy
 from interp.models.hooks import run
 
@@ -147,6 +150,21 @@ def test_the_stream_is_read_as_the_logit_lens_reads_it(model):
     theirs = lens.arrays["top_log_probs"][1]
     # Two levels of the same numbers, in float32.
     np.testing.assert_allclose(ours - ours[:, :1], theirs - theirs[:, :1], atol=1e-4)
+
+
+def test_a_tuned_lens_is_read_through_its_translators(model):
+    tokens = toy.random_tokens(model, 3, 6)
+    same = identity(model)
+    moved = dataclasses.replace(same, bias=torch.randn(same.bias.shape, generator=torch.Generator().manual_seed(0)))
+    found = top_tokens(model, {"logit": "logit", "identity": same, "moved": moved}, tokens, k=5).table
+    logit, untrained, trained = (found[found["component"] == name] for name in ("logit", "identity", "moved"))
+    assert (logit["value"].to_numpy() == untrained["value"].to_numpy()).all()
+    layer = 1
+    h = run(model, tokens, capture=["blocks.1.hook_resid_pre"]).cache["blocks.1.hook_resid_pre"][:, -1]
+    logits = _output.output(model).logits(h + moved.bias[layer])
+    wanted = (logits - logits.mean(-1, keepdim=True)).topk(5).values.numpy()
+    ours = trained[(trained["layer"] == layer) & (trained["metric"] == "promotes")]["value"].to_numpy().reshape(3, 5)
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)  # float32
 
 
 def test_tokens_that_pad_the_vocabulary_are_left_out():

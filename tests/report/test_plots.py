@@ -87,7 +87,7 @@ def test_result_plot_draws_every_kind():
         "scatter": {"x": "layer", "y": "value"},
     }.items():
         assert isinstance(result().plot(kind, **options), mpl.axes.Axes)
-    assert set(plots.RESULT_KINDS) == {"heatmap", "lines", "bars", "scatter"}
+    assert set(plots.RESULT_KINDS) == {"heatmap", "lines", "bars", "scatter", "top_tokens"}
 
 
 def test_heatmap_cells_are_the_grid_and_the_bar_has_the_unit():
