@@ -73,13 +73,12 @@ def compression(found: Mapping[str, Result]) -> pd.DataFrame:
         A row a target; columns are the three measures, each for every task and their mean.
     """
     titles = {"value": "label loyalty", "value_words": "word loyalty", "value_right": "accuracy"}
-    means = pd.concat(
-        {task: result.table.groupby("target")[list(titles)].mean() for task, result in found.items()}, axis=1
-    )
-    ordered = {title: means.xs(column, axis=1, level=1) for column, title in titles.items()}
-    return pd.concat({title: each.assign(mean=each.mean(axis=1)) for title, each in ordered.items()}, axis=1).loc[
-        [*TARGETS]
-    ]
+    tables = {
+        title: pd.DataFrame({task: result.table.groupby("target")[column].mean() for task, result in found.items()})
+        for column, title in titles.items()
+    }
+    joined = pd.concat({title: table.assign(mean=table.mean(axis=1)) for title, table in tables.items()}, axis=1)
+    return joined.loc[[*TARGETS]]
 
 
 def speed(model: Model, task: Task, *, repeats: int = 3) -> tuple[float, float]:
