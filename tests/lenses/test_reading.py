@@ -162,7 +162,7 @@ def test_a_tuned_lens_is_read_through_its_translators(model):
     layer = 1
     h = run(model, tokens, capture=["blocks.1.hook_resid_pre"]).cache["blocks.1.hook_resid_pre"][:, -1]
     logits = _output.output(model).logits(h + moved.bias[layer])
-    wanted = (logits - logits.mean(-1, keepdim=True)).topk(5).values.numpy()
+    wanted = (logits - logits.mean(-1, keepdim=True)).topk(5).values.detach().numpy()
     ours = trained[(trained["layer"] == layer) & (trained["metric"] == "promotes")]["value"].to_numpy().reshape(3, 5)
     np.testing.assert_allclose(ours, wanted, atol=1e-5)  # float32
 
