@@ -173,7 +173,7 @@ def _flow(model: Model) -> list[dict[str, Any]]:
 
 
 def _toy() -> list[dict[str, Any]]:
-    """The whole toy experiment of back attention, trained: two tasks, three transformers, three seeds; a task a core."""
+    """The whole toy experiment of back attention: two tasks, three transformers, three seeds; a task a core."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor() as cores:
         os.environ["INTERP_CACHE"] = cache

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from interp.dynamics import _kept, depth
+from interp.dynamics import depth
 from interp.dynamics.back_attention import Small
 from interp.dynamics.composition import function_composition
 from interp.dynamics.depth import MODELS, compare_depths
@@ -57,9 +57,12 @@ def test_a_second_call_reads_and_more_seeds_train_only_what_is_new(
     assert all([path.name for path in run.iterdir()] == ["history"] for run in cache.iterdir())
     trained: list[int] = []
     real = depth.train
-    monkeypatch.setattr(
-        depth, "train", lambda *given, **named: (trained.append(named["seed"]), real(*given, **named))[1]
-    )
+
+    def counted(*given: Any, **named: Any) -> Any:
+        trained.append(named["seed"])
+        return real(*given, **named)
+
+    monkeypatch.setattr(depth, "train", counted)
     assert compare_depths("double_sum", seeds=(1,), steps=3).table.equals(first.table)
     both = compare_depths("double_sum", seeds=(1, 2), steps=3)
     assert trained == [2, 2, 2]
@@ -92,11 +95,9 @@ def test_refusals(tmp_path: Path) -> None:
         compare_depths("sums")
     with pytest.raises(ValueError, match="seeds is empty"):
         compare_depths(seeds=())
-    recipe = {"seed": 1}
-    made = compare_depths(seeds=(1,), steps=1)
-    _kept.kept_history(recipe, lambda root: made, tmp_path / "kept")
-    with pytest.raises((ValueError, KeyError), match="another recipe"):
-        _kept.kept_history(recipe | {"other": 2}, lambda root: made, tmp_path / "kept")
+    compare_depths(seeds=(1,), steps=1, folder=tmp_path)
+    with pytest.raises(ValueError, match="holds a model of another recipe"):
+        compare_depths(seeds=(1,), steps=2, folder=tmp_path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="give folder=, or set INTERP_CACHE"):
-        _kept.kept_history(recipe, lambda root: made, tmp_path / "file")
+        compare_depths(seeds=(1,), steps=1, folder=tmp_path / "file")

@@ -77,14 +77,17 @@ def _steps_needed(found: Result, model: str) -> np.ndarray:
     return np.array([next((step for step in wide.index if wide[seed][step] >= LEARNED), never) for seed in wide])
 
 
-def _toy(found: Result, name: str) -> dict[str, float]:
+def _toy(found: Result, name: str) -> dict[str, Any]:
     """Three claims on one task."""
     seeds = finals(found).drop(columns=["parameters", "mean"])
     one, back, two = (seeds.loc[model].to_numpy(dtype=float) for model in (ONE, BACK, TWO))
+    gap = float(two.mean() - one.mean())
     return {
         f"{name}_depth": float(np.median(two - one)),
         f"{name}_gain": float(np.median(back - one)),
-        f"{name}_closed": float((back.mean() - one.mean()) / (two.mean() - one.mean())),
+        f"{name}_closed": untestable("two layers are no better than one: there is no gap to close")
+        if gap <= 0
+        else float(back.mean() - one.mean()) / gap,
     }
 
 
@@ -130,6 +133,27 @@ def against(found: Result, other: str) -> Result:
         value=joined["value_after"] - joined["value_after_other"],
     )
     return replace(found, table=joined.drop(columns="value_after_other"))
+
+
+def differences(found: Mapping[str, Result], *, task: str = "two_hop") -> pd.DataFrame:
+    """How much back attention is ahead of other variants, with 95% intervals over entities and over countries.
+
+    Args:
+        found: {variant: Result of `against`}.
+        task: name of the task.
+
+    Returns:
+        A row for each variant and metric: `difference`, the ends of both intervals.
+    """
+    parts = []
+    for other, each in found.items():
+        both = [intervals(each, by=by, value="value") for by in ("entity", "country")]
+        both = [table[table["target"] == task] for table in both]
+        columns = {"against": other, "metric": both[0]["metric"], "difference": both[0]["mean"]}
+        for by, table in zip(("entities", "countries"), both, strict=True):
+            columns |= {f"low, {by}": table["low"], f"high, {by}": table["high"]}
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts).set_index(["against", "metric"])
 
 
 def gains(found: Result, task: str = "two_hop") -> pd.DataFrame:
