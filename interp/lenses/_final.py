@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,13 @@ def final_norm(model: Model) -> FinalNorm:
     # Bfloat16 keeps 8 bits; without centring the two differ by a tenth at least.
     centres = bool((moved - there).abs().max() < 0.02 * there.abs().max())
     return FinalNorm(norm, gain[0], bias[0], centres)
+
+
+@torch.no_grad()
+def written_maps(model: Model, layers: Sequence[int]) -> dict[int, Tensor]:
+    """W_O with the linear part of the final norm, `[head d_head d_model]` of each layer, float32."""
+    norm = final_norm(model)
+    return {layer: norm.linear(model.bridge.blocks[layer].attn.W_O.detach().float()) for layer in layers}
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class Cached:
         mean: E_p[U] under the model's prediction p, `[token d_model]`.
         entropy: H(p), nats.
         scale: 1 / sigma of the final norm.
+        total: the sum of p over the tokens `[d_vocab]`; divided by their number, the best prediction that is constant.
         meta: model, weights, text fingerprint and options, JSON types.
         folder: where the files are; `r`, `mean` and the activations are mapped from there, not held in memory.
         device: the model's.
@@ -70,6 +71,7 @@ class Cached:
     mean: Float[Tensor, "token d_model"]
     entropy: Float[Tensor, " token"]
     scale: Float[Tensor, " token"]
+    total: Float[Tensor, " d_vocab"]
     meta: dict[str, Any]
     folder: Path
     device: torch.device
@@ -256,6 +258,7 @@ def _fill(
     out, norm, layers = output(model), final_norm(model), meta["layers"]
     hooks = {layer: _HOOKS[meta["site"]].format(layer) for layer in layers}
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    total = torch.zeros(model.d_vocab, device=model.device)
     with contextlib.ExitStack() as files:
         to: dict[str, BinaryIO] = {
             name: files.enter_context((place / f"{name}.bin").open("wb"))
@@ -272,6 +275,7 @@ def _fill(
             stream = seen[last][own]
             r = norm.norm(stream).float()
             known = targets(out.unembed, out.bias, r, cap=out.cap)
+            total += known.total
             for name, values in (
                 ("r", r), ("mean", known.mean), ("entropy", known.entropy),
                 ("scale", norm.inverse_scale(stream.float(), r)),
@@ -279,6 +283,7 @@ def _fill(
                 _append(to[name], values, "float32", name)
             for layer, hook in hooks.items():
                 _append(to[f"layer_{layer}"], seen[hook][own], meta["stored"], hook)
+        _append(files.enter_context((place / "total.bin").open("wb")), total, "float32", "total")
 
 
 def _append(file: BinaryIO, values: Tensor, dtype: str, what: str) -> None:
@@ -351,18 +356,24 @@ def _open(model: Model, place: Path, meta: dict[str, Any]) -> Cached:
     n = meta["n_tokens"]
     shape = (model.n_heads, model.d_head) if meta["site"] == "z" else (model.d_model,)
 
-    def mapped(name: str, dtype: torch.dtype, *rest: int) -> Tensor:
-        file, size = place / f"{name}.bin", n * int(np.prod(rest, dtype=int))
+    def mapped(name: str, dtype: torch.dtype, *sizes: int) -> Tensor:
+        file, size = place / f"{name}.bin", int(np.prod(sizes, dtype=int))
         if not file.is_file() or file.stat().st_size != size * dtype.itemsize:
             raise ValueError(f"{file} is missing or not whole: delete {place} and cache the text again.")
         # Mapped privately: a page is read when it is needed, and nothing can be written back.
-        return torch.from_file(str(file), shared=False, size=size, dtype=dtype).reshape(n, *rest)
+        return torch.from_file(str(file), shared=False, size=size, dtype=dtype).reshape(sizes)
 
     with np.load(place / _ROWS, allow_pickle=False) as stored:
         rows = {name: torch.from_numpy(stored[name]) for name in ("tokens", "next", "document", "position")}
-    floats = {name: mapped(name, torch.float32, *rest) for name, *rest in (
-        ("r", model.d_model), ("mean", model.d_model), ("entropy",), ("scale",))}  # fmt: skip
-    layers = {layer: mapped(f"layer_{layer}", _DTYPES[meta["stored"]], *shape) for layer in meta["layers"]}
+    sizes = {
+        "r": (n, model.d_model),
+        "mean": (n, model.d_model),
+        "entropy": (n,),
+        "scale": (n,),
+        "total": (model.d_vocab,),
+    }
+    floats = {name: mapped(name, torch.float32, *size) for name, size in sizes.items()}
+    layers = {layer: mapped(f"layer_{layer}", _DTYPES[meta["stored"]], n, *shape) for layer in meta["layers"]}
     return Cached(
         site=meta["site"], layers=tuple(meta["layers"]), **rows, **floats, meta=meta, folder=place,
         device=model.device, _stored=layers,
