@@ -53,7 +53,7 @@ def trained_once(
         ValueError: the folder holds a model of another recipe.
         OSError: the folder cannot be written.
     """
-    digest, root = _place(recipe, folder)
+    digest, root = kept_place(recipe, folder)
     place = root / name
     if not (place / "config.json").is_file():
         _train_into(place, digest, train_in, tokenizer)
@@ -78,7 +78,7 @@ def kept_history(
         ValueError: the folder holds the run of another recipe.
         OSError: the folder cannot be written.
     """
-    digest, root = _place(recipe, folder)
+    digest, root = kept_place(recipe, folder)
     if not (root / "history").is_dir():
         with _unfinished(root) as work:
             made = run(root)
@@ -89,8 +89,13 @@ def kept_history(
     return _read(root, digest, recipe)
 
 
-def _place(recipe: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> tuple[str, Path]:
-    """The recipe's digest, and where what it makes is kept."""
+def kept_place(recipe: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> tuple[str, Path]:
+    """The recipe's digest, and where what it makes is kept.
+
+    Args:
+        recipe: all that decides it, JSON types.
+        folder: where; None for one in the cache folder, named by the recipe.
+    """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     return digest, cache_folder() / "trained" / digest if folder is None else Path(folder)
 

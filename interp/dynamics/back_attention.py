@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from interp.core.result import Result
+from interp.dynamics._kept import kept_place
 from interp.dynamics.train import IGNORED, Batch, build, train
 from interp.models.back_attention import Attached, BackAttention, frozen
 from interp.models.hooks import run
@@ -177,6 +178,8 @@ def train_back_attention(
 ) -> tuple[BackAttention, Result]:
     """Back attention for a loaded model, which stays as it is, trained to give a task's answers (arXiv:2502.10835).
 
+    It is trained at the first call and read from the cache afterwards.
+
     The loss is the cross-entropy of the answer after the last token. `held_out` measures it; its prompts should not be
     in `task`, nor, for a claim on composition, the facts. A random `task.split` shares both hops with the other part;
     `train, test = interp.tasks.two_hop_split(task, by="country", seed=seed)` shares neither, and by="entity" shares
@@ -191,7 +194,8 @@ def train_back_attention(
         d_inner: see `BackAttention`.
         n_heads: see `BackAttention`.
         seed: of the module's weights and of the batches.
-        folder: for the checkpoint, from which a stopped run goes on; see `train`.
+        folder: for the checkpoint, from which a stopped run goes on, and a finished one is read; see `train`. None for
+            one in the cache folder, named by all that decides the module.
         **options: of `train`: steps, learning_rate, batch_size, stop_at, every, weight_decay, warmup.
 
     Returns:
@@ -208,6 +212,11 @@ def train_back_attention(
         if given.answers is None:
             raise ValueError(f"task {given.name!r} has no answers to train for: give one that has.")
     back = BackAttention(model.d_model, source=source, target=target, d_inner=d_inner, n_heads=n_heads, seed=seed)
+    recipe = {
+        "back attention": model.provenance, "tasks": [given.fingerprint for given in (task, held_out)], "seed": seed,
+        "source": source, "target": target, "d_inner": d_inner, "n_heads": n_heads, "training": options,
+        "device": model.device.type,
+    }  # fmt: skip
     tokens, targets = examples(task)
 
     def draw(generator: torch.Generator, n: int) -> Batch:
@@ -220,7 +229,7 @@ def train_back_attention(
         held_out=examples(held_out),
         seed=seed,
         device=model.device,
-        folder=folder,
+        folder=kept_place(recipe, folder)[1],
         **options,
     )
     return back, history

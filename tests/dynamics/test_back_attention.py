@@ -36,6 +36,13 @@ def weights(module: torch.nn.Module) -> Tensor:
     return torch.cat([weight.detach().flatten() for weight in module.parameters()])
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "trained"
+
+
 @pytest.fixture(scope="module")
 def model() -> Model:
     return toy.random("llama")
@@ -186,10 +193,27 @@ def test_only_back_attention_is_trained_and_it_learns(model: Model, tmp_path: Pa
     assert -measured["value_after"].mean() == pytest.approx(last, abs=1e-4)  # float32 sums in another order
     first = history.filter(metric="held-out loss").table["value"].iloc[0]
     assert -measured["value_before"].mean() == pytest.approx(first, abs=1e-4)
-    again, same = train_back_attention(model, task, **options)
+    again, same = train_back_attention(model, task, folder=tmp_path / "again", **options)
     assert torch.equal(weights(again), weights(back)) and same.table.equals(history.table)
     kept = load(model, save(back, model, tmp_path / "kept"))
     assert torch.equal(weights(kept), weights(back))
+    assert effect(model, kept, held_out).table.equals(effect(model, back, held_out).table)
+
+
+def test_a_finished_module_is_read_from_the_cache(model: Model, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, held_out = questions(model, 5, 24), questions(model, 30, 8)
+    options: dict[str, Any] = SHORT | {"source": 1, "target": 2, "held_out": held_out}
+    back, history = train_back_attention(model, task, **options)
+    train_back_attention(model, task, **options | {"seed": 1})
+    train_back_attention(model, task[:23], **options)
+    assert len(list(cache.iterdir())) == 3
+
+    def no_step(*given: Any, **named: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", no_step)
+    again, same = train_back_attention(model, task, **options)
+    assert torch.equal(weights(again), weights(back)) and same.table.equals(history.table)
 
 
 def test_a_checkpoint_goes_on_and_is_refused_on_another_model(

@@ -62,7 +62,7 @@ def test_the_numbers_are_those_of_effect_and_of_the_whole_model(smol: Model, tas
     train, test = two_hop_split(task, seed=5)
     back, _ = train_back_attention(
         smol, train, held_out=test[:8], source=20, target=26, seed=5, learning_rate=1e-2, warmup=5, weight_decay=0.01,
-        folder=folder / "back attention 5", **SHORT,
+        folder=folder / "back attention, seed 5", **SHORT,
     )  # fmt: skip
     measured = effect(smol, back, test)
     rows = result.filter(component="back attention", target="two_hop").table
