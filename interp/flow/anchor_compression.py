@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.core.batching import batches
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.flow._labels import at_once, bounds, elsewhere, label_positions, logits_at_end, loyalty, require_options
 from interp.models.model import Model
@@ -155,6 +156,7 @@ def anchors_of(model: Model, task: Task) -> Int[Tensor, "batch kept"]:
     return torch.cat((labels, torch.stack([task.positions[name] for name in names], 1)), 1).sort(1).values
 
 
+@method(name="Context compression (Hidden_anchor)", paper="arXiv:2305.14160", notebook="label_anchors")
 def compressed(model: Model, task: Task, *, draws: int = 20, seed: int = 0, batch_size: int | None = None) -> Result:
     """Whether the model still says the same when only a few positions of the demonstrations can be read.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from interp.core.batching import batches
 from interp.core.readout import Readout
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.flow._labels import at_once, classes, label_positions, require_options
 from interp.models.model import Model
@@ -24,6 +25,7 @@ from interp.patching._inputs import numbers, provenance
 from interp.tasks.task import Task
 
 
+@method(name="Label words: error diagnosis", paper="arXiv:2305.14160", notebook="label_anchors")
 def confusion(model: Model, task: Task, *, n_components: int = 10, batch_size: int | None = None) -> Result:
     """How far apart the keys of two label words are, and how often the model takes one class for the other.
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.batching import batches
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.flow._labels import answer_loss, at_once, label_positions, logits_at_end, require_options
 from interp.models.model import Model
@@ -21,6 +22,7 @@ from interp.patching._inputs import numbers, provenance
 from interp.tasks.task import Task
 
 
+@method(name="Anchor re-weighting: prediction", paper="arXiv:2305.14160", notebook="label_anchors")
 def reweighted(
     model: Model, task: Task, betas: Float[Tensor, "layer head label"], *, batch_size: int | None = None
 ) -> Result:
@@ -73,6 +75,7 @@ def reweighted(
     return Result("anchor_reweighting.reweighted", table, "share", arrays=arrays, meta=provenance(model, task))
 
 
+@method(name="Anchor re-weighting: training", paper="arXiv:2305.14160", notebook="label_anchors")
 def train(
     model: Model, task: Task, *, lr: float = 0.1, epochs: int = 10, seed: int = 0
 ) -> tuple[Float[Tensor, "layer head label"], Result]:

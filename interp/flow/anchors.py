@@ -15,6 +15,7 @@ from torch import Tensor
 
 from interp.core.batching import batches
 from interp.core.readout import readout
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.flow._labels import (
     answer_loss,
@@ -37,6 +38,7 @@ from interp.tasks.task import Task
 COMPONENTS = ("wp", "pq", "ww")
 
 
+@method(name="Label-word saliency", paper="arXiv:2305.14160", notebook="label_anchors")
 def saliency(model: Model, task: Task, *, batch_size: int | None = None) -> Result:
     """How much information flows along which kind of attention edge, layer by layer.
 
@@ -104,6 +106,7 @@ def saliency(model: Model, task: Task, *, batch_size: int | None = None) -> Resu
     return Result("anchors.saliency", table, "nats", arrays=arrays, meta=provenance(model, task))
 
 
+@method(name="Label words: isolation test", paper="arXiv:2305.14160", notebook="label_anchors")
 def isolation(
     model: Model, task: Task, *, layers: int = 5, draws: int = 5, seed: int = 0, batch_size: int | None = None
 ) -> Result:
@@ -172,6 +175,7 @@ def isolation(
     return Result("anchors.isolation", table, "share", meta=meta)
 
 
+@method(name="Label words: attention as a score (AUCROC)", paper="arXiv:2305.14160", notebook="label_anchors")
 def aucroc(model: Model, task: Task, *, batch_size: int | None = None) -> Result:
     """How well the attention of the end to the label words tells what the model will say, layer by layer.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from interp.core.batching import batches
 from interp.core.edits import Edit
 from interp.core.readout import Readout, readout
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.models.model import Model
 from interp.models.program import Program, program
@@ -93,6 +94,7 @@ def piped(weights: Layers, position: int) -> Float[np.ndarray, "layer k_pos"]:
     return np.array(flows) / _SCALE
 
 
+@method(name="Attention rollout and flow", paper="arXiv:2005.00928", notebook="label_anchors")
 def influence(
     model: Model,
     task: Task,
@@ -184,6 +186,7 @@ def influence(
     )
 
 
+@method(name="Attention rollout: share on the first token", paper="arXiv:2005.00928", notebook="label_anchors")
 def sink(found: Result) -> Result:
     """How much of a measure lies on each prompt's first token, layer by layer: what collapses onto an attention sink.
 
@@ -227,6 +230,7 @@ def sink(found: Result) -> Result:
     return Result("rollout.sink", table, found.unit, meta=dict(found.meta))
 
 
+@method(name="Token importance: blank-out and gradient", paper="arXiv:2005.00928", notebook="label_anchors")
 def importance(
     model: Model,
     task: Task,
@@ -290,6 +294,7 @@ def importance(
     return Result("rollout.importance", table, unit, arrays={"value": (("prompt", "k_pos"), value)}, meta=meta)
 
 
+@method(name="Attention rollout: agreement with importance", paper="arXiv:2005.00928", notebook="label_anchors")
 def agreement(found: Result, matters: Result) -> Result:
     """Spearman's rank correlation over the tokens of a prompt, of a measure in each layer and the tokens' importance.
 
