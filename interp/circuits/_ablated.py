@@ -18,7 +18,7 @@ from interp.core.readout import Readout
 from interp.models.model import Model
 from interp.models.program import Program, program
 from interp.patching import _sources
-from interp.patching._inputs import numbers, provenance, where
+from interp.patching._inputs import numbers, provenance, require_pairs, where
 from interp.patching._runs import readout_of
 from interp.tasks.task import Task
 
@@ -159,6 +159,24 @@ def counted_at(task: Task, positions: Positions) -> Tensor | None:
     return counted
 
 
+def require_apart(task: Task, ablation: str) -> None:
+    """Refuse pairs that are none.
+
+    Args:
+        task: the prompts.
+        ablation: where the values of cut edges come from.
+
+    Raises:
+        ValueError: with ablation="corrupt", no corrupted prompts, one that is padded otherwise, or one that equals its
+            clean prompt, of which nothing can be learnt.
+    """
+    if ablation == "corrupt":
+        same = (require_pairs(task) == task.clean).all(1)
+        if bool(same.any()):
+            row = int(same.nonzero()[0])
+            raise ValueError(f"task {task.name!r}, prompt {row}: clean and corrupt are the same tokens: leave it out.")
+
+
 def plain(positions: Positions) -> str | int | list[str | int] | None:
     """Positions as a Result's `meta` holds them.
 
@@ -199,7 +217,7 @@ def metric_of(made: Ablated, kept: np.ndarray, *, identity: Mapping[str, Any]) -
 
     n = len(made.task)
     if isinstance(made.metric, Readout):
-        return _finite(made, np.concatenate([compute(rows)["metric"] for rows in batches(n, made.batch_size)]))
+        return finite(made, np.concatenate([compute(rows)["metric"] for rows in batches(n, made.batch_size)]))
     whole = provenance(
         made.model, made.task, **identity, metric=made.metric, edges=_digest(kept), ablation=made.source.name
     )
@@ -208,11 +226,22 @@ def metric_of(made: Ablated, kept: np.ndarray, *, identity: Mapping[str, Any]) -
         whole["positions"] = _digest(made.counted.cpu().numpy())
     whole["source"] = _digest(*taken, *(numbers(mean) for _, mean in sorted(made.source.means.items())))
     found = sweep(n, compute, batch_size=made.batch_size, identity=whole, description=str(identity["method"]))
-    return _finite(made, found["metric"])
+    return finite(made, found["metric"])
 
 
-def _finite(made: Ablated, values: np.ndarray) -> np.ndarray:
-    """The values, if they are numbers: one that is none would make every mean none, without saying where."""
+def finite(made: Ablated, values: np.ndarray) -> np.ndarray:
+    """The values, if they are numbers: one that is none would make every mean none, without saying where.
+
+    Args:
+        made: the task.
+        values: `[batch cell]`.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: one is not finite; the prompt is named.
+    """
     wrong = np.argwhere(~np.isfinite(values))
     if len(wrong):
         row, cell = wrong[0].tolist()

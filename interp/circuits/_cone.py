@@ -3,11 +3,13 @@
 A pass over a circuit of few edges computes few nodes: those below one destination. What other nodes write, what still
 inputs read, and the queries, keys and values that no moving source feeds are taken as they are. MLPs that only lead to
 the logits by way of the position that is read are computed there only.
+
+What nodes write is held as heads hold it, and what still inputs read for as many layers at a time as there is room for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,8 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits._edges import Change, EdgeRun, _wide
+from interp.circuits._edges import EdgeRun, _wide
+from interp.circuits._writes import Fresh, Writes
 from interp.circuits.graph import LOGITS
+
+# Bytes of what inputs read, and of the vectors of what nodes write in all cells, that one cone holds at most.
+_ROOM = 2**26
 
 
 class _Part(NamedTuple):
@@ -34,99 +40,25 @@ class _Part(NamedTuple):
     held: Tensor | None
 
 
-class Writes:
-    """What sources write beyond the off run, held as `_edges.Change` holds it; one vector each when they are asked for.
-
-    Args:
-        run: the prompts.
-        changes: of every layer, of one cell.
-
-    Attributes:
-        shape: sources, tokens and d_model, as of the tensor that `wrote_of` makes.
-
-    Cost: memory for layers x tokens x 2 d_model numbers, where one vector a source takes n_heads times as many.
-    """
-
-    def __init__(self, run: EdgeRun, changes: Sequence[Change]) -> None:
-        self.run, self.changes = run, [Change(each.z[0], each.mlp[0]) for each in changes]
-        self.shape = (len(run.graph.sources), *run.embed.shape)
-        self._last: tuple[np.ndarray, Tensor] | None = None
-
-    def __getitem__(self, sources: np.ndarray) -> Float[Tensor, "src token d_model"]:
-        out = self.run.embed.new_empty((len(sources), *self.shape[1:]), dtype=_wide(self.run.embed.dtype))
-        for layer, rows, heads, others in self._by_layer(sources):
-            if len(heads):
-                w_o = self.run.steps.w_o(layer)[heads]
-                out[rows] = torch.einsum("thd,hdm->htm", self.changes[layer].z[:, heads].to(w_o.dtype), w_o).to(out)
-            if len(others):
-                out[others] = self._one(layer).to(out)
-        return out
-
-    def total(self, sources: np.ndarray, tokens: Tensor | slice) -> Float[Tensor, "read d_model"]:
-        """What some sources bring together at some tokens.
-
-        Args:
-            sources: numbers, each once.
-            tokens: which; a slice is that of all.
-
-        Returns:
-            The sum of their vectors, none of which is made.
-        """
-        # All inputs of a layer's attention read the same sources where every edge is in.
-        if self._last is not None and isinstance(tokens, slice) and np.array_equal(self._last[0], sources):
-            return self._last[1]
-        wide = _wide(self.run.embed.dtype)
-        total = torch.zeros_like(self.run.embed[tokens], dtype=wide)
-        for layer, _, heads, others in self._by_layer(sources):
-            if len(heads):
-                w_o = self.run.steps.w_o(layer)[heads]
-                z = self.changes[layer].z[tokens][:, heads].to(w_o.dtype)
-                total += torch.einsum("thd,hdm->tm", z, w_o).to(wide)
-            if len(others):
-                total += self._one(layer)[tokens].to(wide)
-        if isinstance(tokens, slice):
-            self._last = np.array(sources), total
-        return total
-
-    def changed(self, tokens: Tensor | slice) -> np.ndarray:
-        """Which sources write anything beyond the off run at some tokens, bool `[src]`."""
-        numbers = np.arange(self.shape[0])
-        layers = [numbers[:1], *numbers[1:].reshape(len(self.changes), -1)]
-        found = [(self[some][:, tokens] != 0).flatten(1).any(1).cpu().numpy() for some in layers]
-        return np.concatenate(found)
-
-    def _one(self, layer: int) -> Tensor:
-        """What the input or an MLP writes, `[token d_model]`."""
-        return self.run.embed if layer < 0 else self.changes[layer].mlp
-
-    def _by_layer(self, sources: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each layer (-1: the input) where its heads are among the sources, which they are, where the other is."""
-        width = self.run.graph.n_heads + 1
-        layers, columns = np.divmod(np.asarray(sources) - 1, width)
-        for layer in np.unique(layers).tolist():
-            is_head = (layers == layer) & (columns < width - 1)
-            other = (layers == layer) & (columns == width - 1)
-            yield layer, np.flatnonzero(is_head), columns[is_head], np.flatnonzero(other)
-
-
 class Cone:
     """What lies below one destination of a circuit.
 
     Args:
         run: the prompts.
         kept: which edges are in, bool `[dst src]`; edges into nodes that nothing reads are not followed.
-        wrote: what each source writes beyond the off run in this circuit: `[src token d_model]`, or Writes.
+        wrote: what each source writes beyond the off run in this circuit.
         row: number of the destination.
 
     Attributes:
         nodes: numbers of the sources that it reaches.
         flops: multiplications and additions of linear maps, attention and sums so far.
 
-    Cost: memory for an input of each reached node, inputs x tokens x d_model.
+    Cost: memory for queries, keys and values of the still inputs of reached nodes, and twice `_ROOM` bytes: what they
+        read and what nodes write is made again in each pass where more would have to be held.
     """
 
-    def __init__(self, run: EdgeRun, kept: np.ndarray, wrote: Tensor | Writes, row: int) -> None:
-        self.run, self.kept, self.wrote, self.row, self.flops = run, kept, wrote, row, 0.0
+    def __init__(self, run: EdgeRun, kept: np.ndarray, wrote: Writes, row: int) -> None:
+        self.run, self.kept, self.wrote, self.row, self._flops = run, kept, wrote, row, -wrote.flops
         graph = run.graph
         self.is_logits = graph.destinations[row].name == LOGITS
         alive = kept.any(0)
@@ -136,7 +68,7 @@ class Cone:
             if moving[number] or (kept[number] & reached).any():
                 moving[number] = True
                 reached |= graph.of_node[number] & alive
-        self.nodes, self._moving = np.flatnonzero(reached), moving
+        self.nodes, self._moving, self._reached = np.flatnonzero(reached), moving, reached
         self._everywhere = self._read_everywhere()
         self._heads = {
             layer: heads
@@ -146,60 +78,75 @@ class Cone:
         self._mlps = {
             layer for layer in range(graph.n_layers) if reached[1 + layer * self._width + graph.n_heads]
         }  # fmt: skip
-        self._still = self._inputs(reached)
-        self._parts = {layer: [self._part(layer, kind) for kind in "qkv"] for layer in self._heads}
+        self._blocks = self._in_blocks()
+        self._sums: dict[int, tuple[Tensor, np.ndarray]] = {}
+        self._parts: dict[int, list[_Part]] = {}
 
     @property
     def _width(self) -> int:
         return self.run.graph.n_heads + 1
 
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions so far."""
+        return self._flops + self.wrote.flops
+
+    @property
+    def bytes_held(self) -> int:
+        """Of what is taken from pass to pass, until `release`."""
+        parts = [part.held for parts in self._parts.values() for part in parts if part.held is not None]
+        return sum(each.nbytes for each in (*parts, *(sums for sums, _ in self._sums.values())))
+
+    def release(self) -> None:
+        """Hold nothing: the next pass makes it again."""
+        self._sums.clear()
+        self._parts.clear()
+
     def own(self, kept: np.ndarray) -> Tensor:
         """What the destination reads `[token d_model]` with some edges in, bool `[src]`; for the logits, where read."""
-        off, tokens = self._off(self.row), self.run.at if self.is_logits else slice(None)
-        some = np.flatnonzero(kept)
-        self.flops += 2.0 * len(some) * off.numel()
-        return off[tokens].to(_wide(off.dtype)) + self._total(some, tokens)
+        off, tokens = self._off(self.row), self._tokens
+        return off[tokens].to(_wide(off.dtype)) + self.wrote.total(np.flatnonzero(kept), tokens)
 
     def without(self, sources: Sequence[int] | np.ndarray) -> Tensor:
-        """What some sources bring to the destination, `[source token d_model]`."""
-        some = self.wrote[np.asarray(sources)]
-        return some[:, self.run.at] if self.is_logits else some
+        """What some sources bring to the destination, `[source token d_model]`; to the logits, where they are read."""
+        return self.wrote.vectors(sources, self._tokens)
+
+    @property
+    def _tokens(self) -> Tensor | slice:
+        return self.run.at if self.is_logits else slice(None)
 
     def metric(
         self, inputs: Float[Tensor, "cell read d_model"]
-    ) -> tuple[Float[Tensor, "cell batch"], Float[Tensor, "cell node token d_model"]]:
+    ) -> tuple[Float[Tensor, "cell batch"], dict[int, Fresh]]:
         """The metric for several inputs of the destination.
 
         Args:
             inputs: what it reads in each cell, at all tokens; for the logits, where they are read.
 
         Returns:
-            The metric, and what the reached nodes write beyond the off run.
+            The metric, and by layer what the reached nodes write beyond the off run.
 
         Cost: the reached nodes, once a cell.
         """
-        run, cells = self.run, len(inputs)
-        fresh = inputs.new_zeros((cells, len(self.nodes), *self.wrote.shape[1:]))
+        run, fresh = self.run, dict[int, Fresh]()
         if self.is_logits:
             return self._score(inputs), fresh
-        done = 0
+        room = _ROOM
         for layer in sorted({*self._heads, *self._mlps}):
-            if layer in self._heads:
-                heads = self._heads[layer]
-                fresh[:, done : done + len(heads)] = self._attend(layer, heads, inputs, fresh[:, :done])
-                done += len(heads)
+            own = fresh[layer] = self._attend(layer, inputs, fresh, room)
+            room -= 0 if own.vectors is None else own.vectors.nbytes
             if layer in self._mlps:
-                row = run.graph.destination_index[f"m{layer}"]
+                row, node = run.graph.destination_index[f"m{layer}"], 1 + layer * self._width + run.graph.n_heads
+                tokens: Tensor | slice = slice(None) if self._everywhere[node] else run.at
                 # Where parallel, no head of this layer is read: their weights are zeros.
-                tokens: Tensor | slice = slice(None) if self._everywhere[self.nodes[done]] else run.at
-                stream = self._gather(np.array([row]), inputs, fresh[:, :done])[:, 0, tokens]
+                stream = self._gather(np.array([row]), inputs, fresh, tokens)[:, 0]
                 out = run._mlp(layer, stream) - run.off.mlp[layer].flatten(0, 1)[tokens]
                 model = run.steps.model
-                self.flops += (6.0 if model.gated_mlp else 4.0) * stream.numel() * model.d_mlp
-                fresh[:, done, tokens] = out.to(fresh.dtype)
-                done += 1
-        row = run.graph.destination_index[LOGITS]
-        stream = self._gather(np.array([row]), inputs, fresh[:, :, run.at])[:, 0]
+                self._flops += (6.0 if model.gated_mlp else 4.0) * stream.numel() * model.d_mlp
+                mlp = out.new_zeros((len(inputs), *run.embed.shape))
+                mlp[:, tokens] = out
+                fresh[layer] = own._replace(mlp=mlp)
+        stream = self._gather(np.array([len(self.kept) - 1]), inputs, fresh, run.at)[:, 0]
         return self._score(stream), fresh
 
     def values(self, inputs: Float[Tensor, "cell read d_model"]) -> Float[Tensor, "cell node read width"]:
@@ -214,18 +161,12 @@ class Cone:
         to = self.run.graph.destinations[self.row]
         if to.kind == "mlp":
             return self.run._mlp(to.layer, inputs)[:, None]
-        return self._z(to.layer, self._heads[to.layer], inputs, inputs[:, None, :0]).transpose(1, 2)
+        return self._z(to.layer, self._heads[to.layer], inputs, {}).transpose(1, 2)
 
     def _score(self, stream: Tensor) -> Tensor:
         read, model = self.run.read, self.run.steps.model
-        self.flops += 2.0 * stream.numel() * (model.d_vocab if read.tokens is None else read.tokens.shape[1])
+        self._flops += 2.0 * stream.numel() * (model.d_vocab if read.tokens is None else read.tokens.shape[1])
         return self.run.metric_of(stream)
-
-    def _total(self, sources: np.ndarray, tokens: Tensor | slice) -> Tensor:
-        """What some sources bring together, `[read d_model]`."""
-        if isinstance(self.wrote, Writes):
-            return self.wrote.total(sources, tokens)
-        return self.wrote[sources][:, tokens].sum(0)
 
     def _off(self, row: int) -> Tensor:
         each = self.run.graph.destinations[row]
@@ -240,43 +181,76 @@ class Cone:
                 found |= self.kept[row]
         return found
 
-    def _inputs(self, reached: np.ndarray) -> dict[int, Tensor]:
-        """What every input of the reached nodes, and the logits, read of nodes that are not reached."""
-        graph, last = self.run.graph, len(self.kept) - 1
-        rows = {last}
-        for layer, heads in self._heads.items():
-            rows |= set(graph.read_by[:, layer, heads].flatten().tolist())
-        rows |= {graph.destination_index[f"m{layer}"] for layer in self._mlps}
-        rows -= {self.row}
-        found = {}
-        for row in sorted(rows):
-            some = np.flatnonzero(self.kept[row] & ~reached)
-            tokens: Tensor | slice = self.run.at if row == last else slice(None)
-            off = self._off(row)[tokens]
-            found[row] = off.to(_wide(off.dtype)) + self._total(some, tokens)
-            self.flops += 2.0 * len(some) * off.numel()
-        return found
+    def _in_blocks(self) -> list[np.ndarray]:
+        """Inputs of the reached nodes, then the logits alone: of as many layers together as there is room for."""
+        graph, blocks = self.run.graph, list[np.ndarray]()
+        most = _ROOM // (self.run.embed.numel() * _wide(self.run.embed.dtype).itemsize)
+        for layer in sorted({*self._heads, *self._mlps}):
+            rows = set(graph.read_by[:, layer, self._heads.get(layer, [])].flatten().tolist())
+            rows |= {graph.destination_index[f"m{layer}"]} if layer in self._mlps else set()
+            own = np.array(sorted(rows - {self.row}), dtype=np.int64)
+            if blocks and len(blocks[-1]) + len(own) <= most:
+                blocks[-1] = np.concatenate([blocks[-1], own])
+            else:
+                blocks.append(own)
+        return [*blocks, np.array([len(self.kept) - 1])]
+
+    def _still(self, rows: np.ndarray, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """What inputs of one layer and kind read of nodes that are not reached, `[row read d_model]`."""
+        last = rows[0] == len(self.kept) - 1
+        number = next(n for n, block in enumerate(self._blocks) if rows[0] in block)
+        if number not in self._sums:
+            if len(self._blocks) > 2 and not last:
+                self._sums.clear()  # one at a time; with a single one it lasts from pass to pass
+            mask = self.kept[self._blocks[number]] & ~self._reached
+            self._sums[number] = self.wrote.sums(mask, tokens if last else slice(None))
+        sums, which = self._sums[number]
+        found = sums[which[np.searchsorted(self._blocks[number], rows)]]
+        off = self._off(int(rows[0]))[tokens]
+        self._flops += 2.0 * len(rows) * off.numel()
+        return off.to(found.dtype) + (found if last else found[:, tokens])
+
+    def _parts_of(self, layer: int) -> list[_Part]:
+        """Queries, keys and values of a layer's reached heads, as far as they are still."""
+        if layer not in self._parts:
+            self._parts[layer] = [self._part(layer, kind) for kind in "qkv"]
+        return self._parts[layer]
 
     def _part(self, layer: int, kind: str) -> _Part:
         rows, own = np.unique(self.run.graph.read_by["qkv".index(kind), layer, self._heads[layer]], return_inverse=True)
         moves = self._moving[rows]
         held = None
         if not moves.all():
-            still = torch.stack([self._still[row] for row in rows[~moves]])[None]
-            held = self._project(layer, kind, rows[~moves], still)
+            held = self._project(layer, kind, rows[~moves], self._still(rows[~moves])[None])
         return _Part(kind, rows, own, moves, held)
 
-    def _gather(self, rows: np.ndarray, inputs: Tensor, fresh: Tensor) -> Tensor:
-        """What moving inputs read, `[cell row token d_model]`."""
+    def _gather(
+        self, rows: np.ndarray, inputs: Tensor, fresh: Mapping[int, Fresh], tokens: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """What moving inputs of one layer and kind read, `[cell row read d_model]`."""
         if self.row in rows:  # nothing else of its layer and kind moves
-            return inputs[:, None]
-        into = self.kept[np.ix_(rows, self.nodes[: fresh.shape[1]])]
-        used = into.any(0)
-        weights = torch.as_tensor(into[:, used], dtype=fresh.dtype, device=fresh.device)
-        wrote = (fresh if used.all() else fresh[:, np.flatnonzero(used)]).flatten(2)
-        self.flops += 2.0 * weights.numel() * wrote[:, 0].numel() if used.any() else 0.0
-        still = torch.stack([self._still[row] for row in rows])
-        return still + (weights @ wrote).unflatten(2, still.shape[1:])
+            return inputs[:, None, tokens]
+        out = self._still(rows, tokens).repeat(len(inputs), 1, 1, 1)
+        for layer, own in fresh.items():
+            first = 1 + layer * self._width
+            into = self.kept[np.ix_(rows, first + own.heads)]
+            some, used = np.flatnonzero(into.any(1)), np.flatnonzero(into.any(0))
+            if len(used):
+                taken = Fresh(own.heads[used], own.z[:, :, used], None, None)
+                if own.vectors is not None:
+                    taken = taken._replace(vectors=own.vectors if into.any(0).all() else own.vectors[:, used])
+                vectors = taken.of_heads(self.run, layer, tokens)
+                self._flops += 0.0 if own.vectors is not None else 2.0 * vectors.numel() * own.z.shape[-1]
+                weights = torch.as_tensor(into[np.ix_(some, used)], dtype=out.dtype, device=out.device)
+                self._flops += 2.0 * weights.numel() * vectors[:, 0].numel()
+                added = (weights @ vectors.to(out).flatten(2)).unflatten(2, vectors.shape[2:])
+                if len(some) == len(rows):
+                    out += added
+                else:
+                    out[:, some] += added
+            if own.mlp is not None and (reads := np.flatnonzero(self.kept[rows, first + self._width - 1])).size:
+                out[:, reads] += own.mlp[:, None, tokens].to(out)
+        return out
 
     def _project(self, layer: int, kind: str, rows: np.ndarray, inputs: Tensor) -> Tensor:
         """Queries, rotated keys or values `[cell batch pos row d_head]` of inputs `[cell row token d_model]`."""
@@ -288,7 +262,7 @@ class Cone:
         n_places = run.graph.n_heads if kind == "q" else run.graph.n_key_value_heads
         block = torch.as_tensor(places * len(weight) // n_places, device=inputs.device)
         out = torch.einsum("crtm,rdm->crtd", modules.ln1(inputs.to(steps.model.dtype)), weight[block])
-        self.flops += 2.0 * inputs.numel() * steps.d_head
+        self._flops += 2.0 * inputs.numel() * steps.d_head
         if getattr(linear, "bias", None) is not None:
             out = out + linear.bias.unflatten(0, (-1, steps.d_head))[block][:, None]
         out = out.unflatten(2, run.shape).permute(0, 2, 3, 1, 4)
@@ -299,16 +273,23 @@ class Cone:
         past = run.prefix[layer]["kv".index(kind)][:, :, torch.as_tensor(places, device=inputs.device)]
         return torch.cat([past.expand(len(out), *past.shape), out], 2)
 
-    def _attend(self, layer: int, heads: np.ndarray, inputs: Tensor, fresh: Tensor) -> Tensor:
-        """What some heads write beyond the off run, `[cell head token d_model]`."""
-        z = self._z(layer, heads, inputs, fresh) - self.run.off.z[layer].flatten(0, 1)[:, heads]
-        self.flops += 2.0 * z.numel() * self.run.steps.model.d_model
-        return torch.einsum("cthd,hdm->chtm", z, self.run.steps.w_o(layer)[heads]).to(inputs.dtype)
+    def _attend(self, layer: int, inputs: Tensor, fresh: Mapping[int, Fresh], room: int) -> Fresh:
+        """What the reached heads of a layer write beyond the off run; with vectors, if there is room for them."""
+        off = self.run.off.z[layer].flatten(0, 1)
+        heads = self._heads.get(layer)
+        if heads is None:
+            return Fresh(np.zeros(0, np.int64), off.new_zeros((len(inputs), len(off), 0, off.shape[2])), None)
+        own = Fresh(heads, self._z(layer, heads, inputs, fresh) - off[:, heads], None)
+        width = self.run.embed.shape[1]
+        if own.z.numel() // own.z.shape[-1] * width * inputs.itemsize > room:
+            return own
+        self._flops += 2.0 * own.z.numel() * width
+        return own._replace(vectors=own.of_heads(self.run, layer))
 
-    def _z(self, layer: int, heads: np.ndarray, inputs: Tensor, fresh: Tensor) -> Tensor:
+    def _z(self, layer: int, heads: np.ndarray, inputs: Tensor, fresh: Mapping[int, Fresh]) -> Tensor:
         """What some heads hold, `[cell token head d_head]`."""
         run, cells, found = self.run, len(inputs), []
-        for part in self._parts[layer]:
+        for part in self._parts_of(layer):
             if not part.moves.any():
                 assert part.held is not None
                 whole = part.held.expand(cells, -1, -1, -1, -1)
@@ -324,29 +305,8 @@ class Cone:
         steps = replace(run.steps, n_heads=len(heads), n_key_value_heads=len(heads))
         allowed = steps.allowed(layer, run.frame).expand(cells, -1, -1, -1).flatten(0, 1)
         z = steps.mix(steps.pattern(steps.scores(q, k, allowed)), v)
-        self.flops += 4.0 * q.numel() * k.shape[1]
+        self._flops += 4.0 * q.numel() * k.shape[1]
         return z.unflatten(0, (cells, -1)).flatten(1, 2)
-
-
-def wrote_of(run: EdgeRun, changes: Sequence[Change]) -> Float[Tensor, "src token d_model"]:
-    """What sources write beyond the off run, one vector each.
-
-    Args:
-        run: the prompts.
-        changes: of every layer, of one cell.
-
-    Returns:
-        In the order of `Graph.sources`, in float32 at least.
-
-    Cost: memory for sources x tokens x d_model numbers.
-    """
-    wide = _wide(run.embed.dtype)
-    parts = [run.embed[None].to(wide)]
-    for layer, change in enumerate(changes):
-        w_o = run.steps.w_o(layer)
-        parts.append(torch.einsum("thd,hdm->htm", change.z[0].to(w_o.dtype), w_o).to(wide))
-        parts.append(change.mlp.to(wide))
-    return torch.cat(parts)
 
 
 def forward_flops(run: EdgeRun, n_pos: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from interp.circuits._ablated import Positions, counted_at, plain
+from interp.circuits._ablated import Positions, counted_at, plain, require_apart
 from interp.circuits._edge_gradients import Maps, Plan, Prompts, edge_scores
 from interp.circuits.graph import Graph
 from interp.core.batching import batches, sweep
@@ -19,7 +19,7 @@ from interp.core.rerun import _CPU_TOKENS, _free_bytes
 from interp.models.model import Model
 from interp.models.program import Program, program
 from interp.patching._gradients import frozen
-from interp.patching._inputs import numbers, provenance, require_decoder, require_pairs
+from interp.patching._inputs import numbers, provenance, require_decoder
 from interp.patching._runs import readout_of
 from interp.patching._sources import Source, prepare, require_source
 from interp.tasks.task import Task
@@ -59,13 +59,7 @@ class Job:
             raise ValueError(f"ablation={plan.ablation!r} is not known here; use one of {', '.join(_ABLATIONS)}.")
         require_source(plan.ablation, (), task, self.reference)
         if self._paired:
-            corrupt = require_pairs(task)
-            same = (corrupt == task.clean).all(1)
-            if bool(same.any()):
-                row = int(same.nonzero()[0])
-                raise ValueError(
-                    f"task {task.name!r}, prompt {row}: clean and corrupt are the same tokens: leave it out."
-                )
+            require_apart(task, "corrupt")
 
     @property
     def _paired(self) -> bool:

@@ -164,7 +164,7 @@ class Circuit:
             A Circuit with n edges; of equal scores the earlier ones. It need not hang together: see `pruned`.
 
         Raises:
-            ValueError: fewer edges are in.
+            ValueError: fewer edges are in, or n is no whole number.
         """
         rank = self._ranked(n, by)
         rows, columns = np.nonzero(self.kept)
@@ -184,7 +184,7 @@ class Circuit:
             A Circuit of n edges, or all that lead to the logits if those are fewer; each leads to the logits.
 
         Raises:
-            ValueError: fewer edges are in.
+            ValueError: fewer edges are in, or n is no whole number.
         """
         rank = self._ranked(n, by)
         kept, open_rows = np.zeros_like(self.kept), np.zeros(len(self.kept), dtype=bool)
@@ -283,7 +283,12 @@ class Circuit:
                 f"model is {model.name} ({model.weights} weights, {theirs}): find one of this model, or load the other."
             )
 
-    def _ranked(self, n: int, by: By) -> np.ndarray:
+    def _ranked(self, n: object, by: By) -> np.ndarray:
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+            raise ValueError(
+                f"n={n!r} edges were asked for: give a whole number from 0 to {len(self)}, for example "
+                f"round(0.05 * {len(self)}) for a share of 5 %."
+            )
         if not 0 <= n <= len(self):
             raise ValueError(f"{n} edges were asked for, and {len(self)} are in: give a number from 0 to {len(self)}.")
         return ranks(self.scores, by)

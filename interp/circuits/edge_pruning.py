@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.circuits._ablated import ABLATIONS, Ablated, Positions, ablated, plain
+from interp.circuits._ablated import ABLATIONS, Ablated, Positions, ablated, plain, require_apart
 from interp.circuits._checkpoint import Checkpoint, digest_of
 from interp.circuits._edges import EdgeRun
 from interp.circuits.circuit import Circuit
@@ -81,11 +81,12 @@ def edge_pruning(
 
     Raises:
         ValueError: sparsity, steps, batch size or a learning rate out of range, an unknown metric or ablation, a task
-            without what they need, a loss that is not finite.
+            without what they need, a corrupted prompt that equals its clean one, a loss that is not finite.
 
     Cost: a step is a forward and a backward pass over all edges, about six bare forward passes of the positions from
         the first on where the prompts differ (SmolLM2-135M, four prompts of 14 tokens of which the last five differ:
-        0.6 s of one CPU core, where the whole model takes 0.25 s); the memory of the backward pass, about prompts x
+        0.6 s of one CPU core, where the whole model takes 0.25 s), and one more forward pass where there are several
+        batches, since only the last one's off run is held; the memory of the backward pass, about prompts of a batch x
         positions x d_model x layers x (layers / 5 x (heads + 1) + heads) numbers. Can be stopped and goes on from the
         last 25 steps, unless the metric is a Readout.
 
@@ -102,19 +103,19 @@ def edge_pruning(
         True
     """
     _require(model, sparsity, steps, batch_size, {"lr": lr, "lr_multipliers": lr_multipliers}, ablation)
+    require_apart(task, ablation)
     graph = Graph.of(model, grouped=grouped)
     made = ablated(
         model, task, graph, metric=metric, ablation=ablation, reference=reference, positions=positions, seed=seed
     )
-    runs = [made.run(rows) for rows in batches(len(task), batch_size)]
-    read = runs[0].read
+    training = _Training(made, list(batches(len(task), batch_size)), lr, lr_multipliers, seed)
+    read = training.run(0).read
     meta = provenance(
         model, task, method="edge pruning", sparsity=sparsity, metric=read.name, ablation=ablation, grouped=grouped,
         steps=steps, lr=lr, lr_multipliers=lr_multipliers, batch_size=batch_size, seed=seed,
         positions=plain(positions), **digest_of(made, graph.possible),
     )  # fmt: skip
     checkpoint = Checkpoint(None if isinstance(metric, Readout) else meta)
-    training = _Training(made, runs, lr, lr_multipliers, seed)
     begun = checkpoint.load(training.shapes())
     if begun is not None:
         training.restore(begun)
@@ -164,31 +165,40 @@ def drawn(log_alpha: Float[Tensor, "*any"], noise: Float[Tensor, "*any"]) -> Flo
 class _Training:
     """Masks, multipliers and their optimisers, one step at a time."""
 
-    def __init__(self, made: Ablated, runs: list[EdgeRun], lr: float, lr_multipliers: float, seed: int) -> None:
-        self.made, self.runs, self.step = made, runs, 0
+    def __init__(self, made: Ablated, rows: list[slice], lr: float, lr_multipliers: float, seed: int) -> None:
+        self.made, self.rows, self.step = made, rows, 0
+        self._run: tuple[int, EdgeRun] | None = None
         device, self.possible = made.task.clean.device, torch.as_tensor(made.graph.possible)
         # Masks begin open: P(z > 0) = 0.97.
         self.log_alpha = torch.full((made.graph.n_edges,), 2.0, device=device, requires_grad=True)
         self.multipliers = torch.zeros(2, device=device, requires_grad=True)
         self.down = torch.optim.Adam([self.log_alpha], lr=lr)
         self.up = torch.optim.Adam([self.multipliers], lr=lr_multipliers, maximize=True)
-        self.seed, self.full = seed, [self._full(run) for run in runs]
+        self.seed, self.full = seed, [self._full(which) for which in range(len(rows))]
 
     @torch.no_grad()
-    def _full(self, run: EdgeRun) -> Tensor:
-        return run.forward(self.possible[None].to(self.log_alpha))[0][0]
+    def _full(self, which: int) -> Tensor:
+        return self.run(which).forward(self.possible[None].to(self.log_alpha))[0][0]
+
+    def run(self, which: int) -> EdgeRun:
+        """A batch made ready. Only the last one is held, so that memory does not grow with the prompts."""
+        if self._run is None or self._run[0] != which:
+            self._run = None
+            self._run = which, self.made.run(self.rows[which])
+        return self._run[1]
 
     def move(self, target: float) -> float:
         """One step; how far the predictions of its prompts were from the model's."""
         # The numbers of a step are the same whether or not the run was stopped before.
-        turn, at = divmod(self.step, len(self.runs))
-        which = int(np.random.default_rng([self.seed, 0, turn]).permutation(len(self.runs))[at])
+        turn, at = divmod(self.step, len(self.rows))
+        which = int(np.random.default_rng([self.seed, 0, turn]).permutation(len(self.rows))[at])
+        run = self.run(which)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         noise = torch.rand(len(self.log_alpha), generator=generator).to(self.log_alpha)
         weights = self.log_alpha.new_zeros(self.possible.shape)
         weights[self.possible.to(weights.device)] = drawn(self.log_alpha, noise)
-        metric = self.runs[which].forward(weights[None])[0][0]
-        far = metric if self.runs[which].read.name == "kl" else (metric - self.full[which]).abs()
+        metric = run.forward(weights[None])[0][0]
+        far = metric if run.read.name == "kl" else (metric - self.full[which]).abs()
         distance = far.mean()
         apart = 1 - stays(self.log_alpha).mean() - target
         loss = distance + self.multipliers[0] * apart + self.multipliers[1] * apart**2

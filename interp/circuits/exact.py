@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interp.circuits._ablated import ABLATIONS, Ablated, Positions, ablated, plain
+from interp.circuits._ablated import ABLATIONS, Ablated, Positions, ablated, plain, require_apart
 from interp.circuits._checkpoint import digest_of
-from interp.circuits._cone import Cone, Writes
+from interp.circuits._cone import Cone
 from interp.circuits._edges import EdgeRun, as_weights, cells_at_once
+from interp.circuits._writes import Writes
 from interp.circuits.circuit import Circuit
 from interp.circuits.graph import LOGITS, Destination, Graph
 from interp.core.batching import batches, sweep
@@ -67,7 +68,7 @@ def patch_edges(
 
     Raises:
         ValueError: an edge that the model has not, an unknown metric or ablation, a task without what they need, a
-            Circuit of another model, a metric that is not finite.
+            corrupted prompt that equals its clean one, a Circuit of another model, a metric that is not finite.
 
     Cost: for each edge the layers from its destination on, on the positions from the first on where the prompts differ,
         in batches; edges into the logits only the unembedding; edges whose source writes the same in both runs
@@ -89,6 +90,7 @@ def patch_edges(
     require_decoder(model)
     if ablation not in ABLATIONS:
         raise ValueError(f"ablation={ablation!r} is not known; use one of {', '.join(ABLATIONS)}.")
+    require_apart(task, ablation)
     if isinstance(edges, Circuit):
         edges.require(model)
         graph, wanted = edges.graph, edges.kept

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from interp.circuits._ablated import Positions, counted_at, plain
 from interp.circuits._edges import Written, written
 from interp.circuits._flow import proximity
 from interp.circuits.circuit import Circuit
@@ -25,7 +26,7 @@ _ENOUGH = 256
 
 @method(name="Information flow over edges", paper="arXiv:2403.00824", notebook="circuit_discovery")
 @torch.no_grad()
-def route_edges(model: Model, task: Task, *, grouped: bool = True) -> Circuit:
+def route_edges(model: Model, task: Task, *, grouped: bool = True, positions: Positions = None) -> Circuit:
     """The nearness of every component's output to every stream that is read: flow routes between components.
 
     With y the stream that a destination reads at a token and z_j what source j wrote into it there, the score is
@@ -38,6 +39,7 @@ def route_edges(model: Model, task: Task, *, grouped: bool = True) -> Circuit:
         model: a decoder whose heads add up.
         task: prompts; only the clean ones are read, and no answers.
         grouped: whether keys and values that heads share are one input each, or one a head.
+        positions: of destinations over which shares are meaned: names of the task or indices; None for all.
 
     Returns:
         Circuit with all edges, unit "share of the stream". Scores are 0 or more, and sum to 1 at each destination. Grow
@@ -45,6 +47,7 @@ def route_edges(model: Model, task: Task, *, grouped: bool = True) -> Circuit:
 
     Raises:
         NoProgramError: the model has no layer-by-layer program, or its heads do not add up.
+        ValueError: positions that the task has not.
 
     Cost: one forward pass, about two more to write the heads' outputs out, and 3 x sources x layers x tokens x d_model
         additions; memory for tokens x d_model x 2 layers. No backward pass and no corrupt prompts.
@@ -58,18 +61,19 @@ def route_edges(model: Model, task: Task, *, grouped: bool = True) -> Circuit:
         >>> bool(np.allclose(found.scores.sum(1), 1))
         True
     """
-    steps, graph = program(model), Graph.of(model, grouped=grouped)
+    steps, graph, counted = program(model), Graph.of(model, grouped=grouped), counted_at(task, positions)
     scores, n_tokens = np.zeros(graph.possible.shape), 0
     streams = _streams_of(graph)
     for rows in batches(len(task), max(1, _ENOUGH // task.clean.shape[1])):
         mask = None if task.mask is None else task.mask[rows]
         wrote = written(steps, task.clean[rows], mask)
-        real = torch.ones_like(task.clean[rows]) if mask is None else mask
+        real = torch.ones_like(task.clean[rows]).bool() if mask is None else mask.bool()
+        real = real if counted is None else real & counted[rows]
         for number, (stream, n_before) in enumerate(_streams(steps, wrote)):
-            shares = _shares(steps, wrote, stream, n_before)[:, real.bool()].sum(1)
+            shares = _shares(steps, wrote, stream, n_before)[:, real].sum(1)
             scores[np.flatnonzero(streams == number), :n_before] += shares.double().cpu().numpy()
         n_tokens += int(real.sum())
-    meta = provenance(model, task, method="route_edges", grouped=grouped)
+    meta = provenance(model, task, method="route_edges", grouped=grouped, positions=plain(positions))
     return Circuit.of(graph, scores / n_tokens, unit="share of the stream", meta=meta)
 
 

@@ -170,3 +170,10 @@ def test_a_circuit_of_another_model_is_refused():
         circuit.require(other.model)
     with pytest.raises(ValueError, match="Graph"):
         Circuit.from_edges(graph, case.edges).require(toy.random("llama"))
+
+
+@pytest.mark.parametrize("n", [2.5, "3", True, None])
+def test_a_number_of_edges_that_is_none_is_refused(n):
+    whole = Circuit.of(GRAPHS[0], GRAPHS[0].possible * 1.0, unit="none")
+    with pytest.raises(ValueError, match=f"n={n!r} edges were asked for: give a whole number from 0 to"):
+        whole._ranked(n, "absolute")  # the types of `top` and `greedy` are checked in tests, before they are called

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -138,11 +139,71 @@ def test_a_state_of_another_version_is_not_gone_on_from(monkeypatch, tmp_path):
 def test_with_all_masks_open_every_batch_is_at_no_distance_from_the_model():
     model, task = random_task(n=4)
     made = ablated(model, task, Graph.of(model), metric="logit_diff")
-    training = module._Training(made, [made.run(rows) for rows in (slice(0, 2), slice(2, 4))], 0.2, 0.2, 0)
+    training = module._Training(made, [slice(0, 2), slice(2, 4)], 0.2, 0.2, 0)
     with torch.no_grad():
         training.log_alpha.fill_(30.0)  # so far up that the noise closes no mask, also after the two steps
     # The same sums as of the whole model, of float32.
     assert all(abs(training.move(0.0)) < 1e-5 for _ in range(2))
+
+
+@pytest.mark.parametrize("positions", [None, [-3, -1]])
+def test_padding_changes_nothing(positions):
+    model, task = random_task(n=4)
+    options = {"sparsity": 0.5, "steps": 6, "batch_size": 2, "positions": positions}
+    grow = lambda tokens: torch.cat([torch.ones(len(tokens), 3, dtype=torch.long), tokens], 1)  # noqa: E731
+    mask = grow(torch.ones_like(task.clean))
+    mask[:, :3] = 0
+    padded = replace(task, clean=grow(task.clean), corrupt=grow(task.corrupt), mask=mask)
+    want, found = edge_pruning(model, task, **options), edge_pruning(model, padded, **options)
+    # Adam's first steps divide a gradient by its size, so rounding of float32 moves a probability by more than itself.
+    assert np.allclose(found.scores, want.scores, atol=1e-4)
+    assert found.meta["value"] == pytest.approx(want.meta["value"], abs=1e-5)
+    # The same, but for the noise of one step: masks are told apart by more than that.
+    assert np.abs(want.scores - edge_pruning(model, task, seed=1, **options).scores).max() > 0.01
+
+
+def test_a_step_is_that_of_prompts_of_different_lengths_one_by_one():
+    model, task = random_task(n=3)
+    n_pos, mask, corrupt = task.clean.shape[1], torch.ones_like(task.clean), task.corrupt.clone()
+    for row, short in enumerate((0, 3, 2)):
+        mask[row, :short], corrupt[row, :short] = 0, task.clean[row, :short]
+    padded, distances = replace(task, corrupt=corrupt, mask=mask), []
+    for row in range(3):
+        one = padded[row : row + 1]
+        own = slice(n_pos - int(mask[row].sum()), None)
+        distances.append(
+            first_distance(model, replace(one, clean=one.clean[:, own], corrupt=one.corrupt[:, own], mask=None))
+        )
+    assert first_distance(model, padded) == pytest.approx(np.mean(distances), abs=1e-5)  # a mean of float32 numbers
+    assert np.std(distances) > 1e-3
+
+
+def first_distance(model, task):
+    """How far the predictions are with the masks that the first step draws, closed enough to matter."""
+    training = module._Training(ablated(model, task, Graph.of(model), metric="kl"), [slice(0, len(task))], 0.2, 0.2, 0)
+    with torch.no_grad():
+        training.log_alpha.fill_(0.0)
+    return training.move(0.0)
+
+
+def test_only_one_batch_is_held(monkeypatch):
+    model, task = random_task(n=4)
+    made, alive, largest = ablated(model, task, Graph.of(model), metric="kl"), [], []
+    inner = type(made).run
+
+    def seen(self, rows):
+        alive[:] = [each for each in alive if each() is not None]
+        largest.append(len(alive))
+        run = inner(self, rows)
+        alive.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(type(made), "run", seen)
+    training = module._Training(made, [slice(0, 2), slice(2, 4)], 0.2, 0.2, 0)
+    for _ in range(3):
+        training.move(0.0)
+    assert len(largest) > 2
+    assert max(largest) == 0
 
 
 def test_the_model_needs_no_gradients_and_gets_none():
@@ -193,3 +254,5 @@ def test_bad_options_are_refused(options, message):
         edge_pruning(model, task, **options)
     with pytest.raises(ValueError, match="no corrupted prompts"):
         edge_pruning(model, replace(task, corrupt=None))
+    with pytest.raises(ValueError, match="prompt 0: clean and corrupt are the same tokens"):
+        edge_pruning(model, replace(task, corrupt=task.clean))

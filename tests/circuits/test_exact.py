@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp.circuits import exact
 from interp.circuits._ablated import ablated
-from interp.circuits._cone import Writes, wrote_of
 from interp.circuits._edges import as_weights
+from interp.circuits._writes import Writes
 from interp.circuits.circuit import Circuit
 from interp.circuits.eap import eap
 from interp.circuits.exact import patch_edges
@@ -116,6 +116,14 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+def wrote_of(run, changes):
+    """What every source writes, `[src token d_model]`: what `Writes` does not hold."""
+    parts = [run.embed[None]]
+    for layer, change in enumerate(changes):
+        parts += [torch.einsum("thd,hdm->htm", change.z[0], run.steps.w_o(layer)), change.mlp]
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox"])
 def test_vectors_of_sources_are_made_for_those_asked_for(architecture):
@@ -128,10 +136,9 @@ def test_vectors_of_sources_are_made_for_those_asked_for(architecture):
     for n in (0, 1, 5, 5, len(graph.sources)):  # twice the same number: sums of others are not taken for them
         some = rng.permutation(len(graph.sources))[:n]
         # float32 products of other shapes, of numbers of about 1.
-        assert torch.allclose(small[some], large[some], atol=1e-5)
+        assert torch.allclose(small.vectors(some), large[some], atol=1e-5)
         for tokens in (slice(None), run.at, torch.arange(len(run.embed)) % 3 == 0):
             assert torch.allclose(small.total(some, tokens), large[some][:, tokens].sum(0), atol=1e-4)
-    assert small.shape == large.shape
     small.changes[1].z[:, 2] = 0
     changed = np.ones(len(graph.sources), bool)
     changed[graph.source_index["a1.h2"]] = False
@@ -249,6 +256,8 @@ def test_bad_inputs_are_refused():
     model, task = random_task("gpt2")
     with pytest.raises(ValueError, match="no corrupted prompts"):
         patch_edges(model, replace(task, corrupt=None))
+    with pytest.raises(ValueError, match="prompt 0: clean and corrupt are the same tokens: leave it out"):
+        patch_edges(model, replace(task, corrupt=task.clean))
     with pytest.raises(ValueError, match="there is no such edge"):
         patch_edges(model, task, edges=[("m1", "a0.h0<q>")])
     with pytest.raises(ValueError, match="no edges"):

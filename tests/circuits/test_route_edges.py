@@ -1,5 +1,7 @@
 """Oracles: plain loops over sources and destinations, shares that sum to 1, prompts one by one, planted blind spots."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,10 +19,11 @@ def _task(model, n=3, length=7):
     return Task("random", ("x",) * n, tokens, "drawn")
 
 
-def _by_loops(model, task, graph):
+def _by_loops(model, task, graph, positions=None):
     """Every part written out, every share by the public formula, prompt by prompt and token by token."""
     steps, total, count = program(model), np.zeros(graph.possible.shape), 0
-    for tokens in task.clean:
+    for prompt, tokens in enumerate(task.clean):
+        places = range(len(tokens)) if positions is None else [at[prompt] for at in positions]
         stream, frame = steps.embed(tokens[None]), steps.frame(tokens[None])
         parts, layers = [stream[0]], []
         for layer in range(graph.n_layers):
@@ -35,10 +38,10 @@ def _by_loops(model, task, graph):
             last = each.kind == "logits"
             whole, before = (stream[0], len(parts)) if last else layers[each.layer][each.kind == "mlp"]
             assert before == each.n_before
-            for at in range(len(tokens)):
+            for at in places:
                 z = torch.stack([part[at] for part in parts[:before]])
                 total[row, :before] += flow_routes.importance(z, whole[at]).numpy()
-        count += len(tokens)
+        count += len(places)
     return total / count
 
 
@@ -50,6 +53,19 @@ def test_the_scores_are_those_of_plain_loops(architecture):
         expected = _by_loops(model, task, graph)
     # Shares of float32 norms of 32 numbers: a few units of the seventh digit.
     np.testing.assert_allclose(route_edges(model, task).scores, expected, atol=2e-6)
+
+
+def test_positions_are_those_over_which_shares_are_meaned():
+    model = toy.random("gpt2", weights="raw")
+    task = replace(_task(model), positions={"middle": torch.tensor([2, 4, 3])})
+    with torch.no_grad():
+        expected = _by_loops(model, task, Graph.of(model), [(2, 4, 3), (6, 6, 6)])
+    found = route_edges(model, task, positions=["middle", -1])
+    np.testing.assert_allclose(found.scores, expected, atol=2e-6)  # as above
+    assert np.abs(found.scores - route_edges(model, task).scores).max() > 1e-3
+    assert found.meta["positions"] == ["middle", -1]
+    with pytest.raises(ValueError, match="no position 'nowhere'"):
+        route_edges(model, task, positions="nowhere")
 
 
 def test_shares_sum_to_one_and_are_never_negative():
