@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,17 +26,23 @@ Text = Cached | Windows | Task | Tensor
 _ROWS = 512
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Some tokens: what lenses read, and what they should predict.
 
     `hidden` gives the stream before a layer, `[token d_model]` in float32; `r` `[token d_model]` is the final norm's
-    output and `scale` `[token]` its 1 / sigma; `known` are the targets, with E_p[b_U] as `extra` where there is a b_U.
+    output and `scale` `[token]` its 1 / sigma; `make` gives the targets.
     """
 
     hidden: Callable[[int], Tensor]
     r: Tensor
     scale: Tensor
-    known: Targets
+    make: Callable[[], Targets]
+
+    @cached_property
+    def known(self) -> Targets:
+        """The targets, made once for all layers, with E_p[b_U] as `extra` where there is a b_U."""
+        return self.make()
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def _pass(model: Model, way: Output, norm: FinalNorm, tokens: Tensor, layers: Se
     r = norm.norm(final).float()
     return Batch(
         lambda layer: seen[names[layer]][:, skip:].flatten(0, 1).float(), r, norm.inverse_scale(final.float(), r),
-        _targets(way, r),
+        lambda: _targets(way, r),
     )  # fmt: skip
 
 
@@ -138,8 +144,10 @@ def _cached(model: Model, way: Output, text: Cached, layers: Sequence[int]) -> S
     extra = torch.cat(of_bias)
 
     def get(units: Tensor) -> Batch:
-        known = text.targets(units)._replace(extra=extra[units.to(extra.device)])
         r, scale = (part[units].to(model.device) for part in (text.r, text.scale))
-        return Batch(lambda layer: text.activation(layer, units), r, scale, known)
+        return Batch(
+            lambda layer: text.activation(layer, units), r, scale,
+            lambda: text.targets(units)._replace(extra=extra[units.to(extra.device)]),
+        )  # fmt: skip
 
     return Streams(get, len(text), 1, text.fingerprint)

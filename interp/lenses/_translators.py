@@ -78,7 +78,7 @@ class _Capped(torch.autograd.Function):
         found, grads = [], []
         for rows in tiles(len(y), u.shape[1]):
             s = logits(y[rows])
-            log_q, log_p = s.log_softmax(-1), logits(r[rows]).log_softmax(-1)
+            log_q, log_p = s.log_softmax(-1), logits(r[rows].to(y.dtype)).log_softmax(-1)
             p = log_p.exp()
             found.append((p * (log_p - log_q)).sum(-1))
             if ctx.needs_input_grad[0]:
