@@ -155,7 +155,7 @@ class Corpus:
             source=f"{self.source}; {what}: {len(rows)} of {len(self)} documents",
         )
 
-    def windows(self, length: int = 128) -> Windows:
+    def windows(self, length: int = 128, *, n_windows: int | None = None) -> Windows:
         """The documents one after the other, cut into windows that are all full; what is left at the end is dropped.
 
         Between two documents stands the end-of-text token, if the tokenizer has one; it counts to the document that it
@@ -163,12 +163,13 @@ class Corpus:
 
         Args:
             length: tokens in a window; at most the model's context.
+            n_windows: how many to keep, evenly spread over the documents; None for all.
 
         Returns:
             The `Windows`: `[n_tokens // length, length]`, a few more where there are separators.
 
         Raises:
-            ValueError: too few tokens for one window, or a length with no room beside the prefix.
+            ValueError: too few tokens for one window or for `n_windows`, or a length with no room beside the prefix.
         """
         body = length - len(self.prefix)
         if body < 2:
@@ -185,7 +186,14 @@ class Corpus:
                 f"corpus {self.name!r} has {self.n_tokens} tokens in {len(self)} documents, and one window of "
                 f"length={length} needs {body}: ask for shorter windows, or give more text."
             )
-        tokens, owners = (row[: n * body].reshape(n, body) for row in (np.concatenate(runs), owners))
+        kept = n if n_windows is None else n_windows
+        if not 1 <= kept <= n:
+            raise ValueError(
+                f"n_windows={n_windows}, but corpus {self.name!r} has {n} of length={length}: keep 1 to {n}."
+            )
+        spread = np.arange(kept) * n // kept
+        tokens, owners = (row[: n * body].reshape(n, body)[spread] for row in (np.concatenate(runs), owners))
+        n = kept
         tokens = np.concatenate([np.tile(np.asarray(self.prefix, dtype=tokens.dtype), (n, 1)), tokens], axis=1)
         owners = np.concatenate([np.repeat(owners[:, :1], len(self.prefix), axis=1), owners], axis=1)
         digest = hashlib.sha256(f"{self.tokenizer}{tokens.shape}".encode())

@@ -44,6 +44,17 @@ def test_windows_tile_the_documents_once_and_in_order(lengths, length, prefix):
     assert bool((windows.document[:, : len(prefix)] == windows.document[:, len(prefix) : len(prefix) + 1]).all())
 
 
+def test_some_windows_are_whole_ones_spread_evenly():
+    text = made([25, 31, 8], separator=7)
+    every, some = text.windows(6), text.windows(6, n_windows=4)
+    assert torch.equal(some.tokens, every.tokens[[0, 2, 5, 8]])  # of 11
+    assert torch.equal(some.document, every.document[[0, 2, 5, 8]])
+    assert some.fingerprint != every.fingerprint == text.windows(6, n_windows=11).fingerprint
+    for n in (0, 12):
+        with pytest.raises(ValueError, match="has 11 of length=6: keep 1 to 11"):
+            text.windows(6, n_windows=n)
+
+
 @given(lengths=st.lists(st.integers(1, 50), min_size=3, max_size=20), seed=st.integers(0, 5))
 def test_a_split_is_disjoint_complete_and_near_the_shares(lengths, seed):
     whole, shares = made(lengths), (0.6, 0.3, 0.1)
