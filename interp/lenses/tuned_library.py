@@ -20,6 +20,10 @@ from interp.models.model import Model
 
 _CONFIG, _PARAMS = "config.json", "params.pt"
 _TYPE = "linear_tuned_lens"
+#: What reading files that are damaged, or no lens, raises.
+_UNREADABLE = (
+    ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def read(model: Model, folder: str | os.PathLike[str]) -> TunedLens:
@@ -52,16 +56,8 @@ def read(model: Model, folder: str | os.PathLike[str]) -> TunedLens:
         config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
         state = torch.load(place / _PARAMS, map_location=model.device, weights_only=True)
         sizes = config["d_model"], config["num_hidden_layers"]
-        keys = [f"{layer}.{part}" for layer in range(sizes[1]) for part in ("weight", "bias")]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+        held = {key: tuple(part.shape) for key, part in state.items()}
+    except _UNREADABLE as error:
         raise ValueError(f"the lens in {place} cannot be read ({error}): fetch or save it again.") from None
     if config.get("lens_type", _TYPE) != _TYPE:
         raise ValueError(f"the lens in {place} is a {config['lens_type']!r}; only {_TYPE!r} can be read.")
@@ -77,13 +73,13 @@ def read(model: Model, folder: str | os.PathLike[str]) -> TunedLens:
             f"not {ours[:12]}): load {config.get('base_model_name_or_path')}. The hash is of rounded weights; if you "
             f'know better, set "unembed_hash" to null in {place / _CONFIG}.'
         )
-    with_bias = [key for key in keys if config.get("bias", True) or key.endswith("weight")]
-    # A hair's breadth between formats: older files of lenses without a bias carry one of zeros.
-    if not set(with_bias) <= set(state) <= set(keys):
-        raise ValueError(f"the lens in {place} has the entries {sorted(state)[:4]}..., not {with_bias[:4]}....")
-    weight = torch.stack([state[f"{layer}.weight"].float() for layer in range(model.n_layers)])
-    zeros = torch.zeros(model.d_model, device=model.device)
-    bias = torch.stack([state.get(f"{layer}.bias", zeros).float() for layer in range(model.n_layers)])
+    by_name = {"weight": (model.d_model, model.d_model), "bias": (model.d_model,)}
+    shapes = {f"{layer}.{name}": by_name[name] for layer in range(model.n_layers) for name in by_name}
+    if wrong := [key for key, shape in shapes.items() if held.get(key) != shape]:
+        raise ValueError(f"the lens in {place} has no {wrong[0]} of {shapes[wrong[0]]}: fetch or save it again.")
+    weight, bias = (
+        torch.stack([state[f"{layer}.{name}"].float() for layer in range(model.n_layers)]) for name in by_name
+    )
     meta = {**model.provenance, "text": None, "library_config": config}
     return TunedLens(tuple(range(model.n_layers)), weight, bias, meta)
 

@@ -294,8 +294,7 @@ def test_a_trained_lens_beats_the_logit_lens_on_the_default_models_held_out_text
     lens, _ = tuned.train(smol, windows, layers=layers, epochs=0)
     found = tuned.held_out(smol, lens, other[:1])
     plain = tuned.held_out(smol, tuned.identity(smol, layers), other[:1])
-    # A thousand tokens are few, and enough: 18.4 and 3.3 nats became X and Y.
-    print(found, plain)
+    # Seen: 2.67 and 0.34 nats, in place of 19.0 and 3.69.
     assert (found < plain / 2).all()
 
 
