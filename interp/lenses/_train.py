@@ -100,7 +100,7 @@ class Training:
         unembed = self.out.unembed.to(maps.dtype)
         # At the mean of what it reads, a lens starts with the model's mean prediction.
         biases = prior - torch.einsum("hi,hid->hd", mean, maps) @ unembed
-        return (maps @ unembed if self.full else maps), biases
+        return (maps @ unembed if self.full else maps).contiguous(), biases.contiguous()
 
     def _read(self, cached: Cached, layer: int, rows: Tensor | slice) -> Tensor:
         """What each lens of a layer reads, `[lens token input]`."""
@@ -173,6 +173,7 @@ class Training:
         found = []
         for layer in self.layers:
             kl = self._kl(self.cached, layer, rows, r, known)
+            self._require_finite(layer, kl.detach())
             (kl.sum() + self._pull(layer)).backward()
             found.append(kl.detach())
         self._record(0, found)
@@ -195,14 +196,15 @@ class Training:
                 sums = torch.zeros(())
                 for part in cuts:
                     kl = self._kl(self.cached, layer, part, *self._known(self.cached, part))
+                    self._require_finite(layer, kl.detach())
                     share = (part.stop - part.start) / n
                     (share * kl.sum()).backward()
                     sums = sums + share * kl.detach().cpu()
-                pull = self._pull(layer)
-                if isinstance(pull, Tensor):
+                pull = torch.as_tensor(self._pull(layer))
+                if pull.requires_grad:
                     pull.backward()
                 last[layer] = sums
-                return float(sums.sum() + pull)
+                return float(sums.sum() + pull.detach().cpu())
 
             optimiser.step(closure)
             found.append(last[layer])
@@ -210,34 +212,28 @@ class Training:
         self._record(0, found)
         self._validate()
 
+    def _require_finite(self, layer: int, kl: Tensor) -> None:
+        if bool(kl.isfinite().all()):
+            return
+        kept = ""
+        if self.file is not None:
+            there = self.file.is_file()
+            kept = f" The last good checkpoint is {self.file}." if there else " There was no checkpoint yet."
+        raise FloatingPointError(
+            f"the KL of layer {layer} is {float(kl.sum())} at step {self.step + 1}: train with a learning_rate below "
+            f"{self.settings['learning_rate']}.{kept}"
+        )
+
     # --- what is measured --------------------------------------------------------------------------------------------
 
     def _record(self, kind: int, found: list[Tensor]) -> None:
+        # What Adam measures at a step is of before its update; the step itself is counted after it.
+        step = self.step + (kind == 0 and self.settings["optimiser"] == "adam")
         rows = [
-            (
-                self.step + (kind == 0 and self.settings["optimiser"] == "adam"),
-                layer,
-                -1 if self.additive else head,
-                kind,
-                value,
-            )
+            (step, layer, -1 if self.additive else head, kind, value)
             for layer, values in zip(self.layers, found, strict=True)
             for head, value in enumerate(values.double().cpu().tolist())
         ]
-        if bad := [row for row in rows if not np.isfinite(row[-1])]:
-            kept = (
-                ""
-                if self.file is None
-                else (
-                    f" The last good checkpoint is {self.file}."
-                    if self.file.is_file()
-                    else " There was no checkpoint yet."
-                )
-            )
-            raise FloatingPointError(
-                f"the KL of layer {bad[0][1]} is {bad[0][-1]} at step {int(bad[0][0])}: train with a learning_rate "
-                f"below {self.settings['learning_rate']}.{kept}"
-            )
         self.measured = np.concatenate([self.measured, np.array(rows, dtype=float)])
 
     @torch.no_grad()

@@ -138,7 +138,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_another_tokenizer_is_refused(smol: Model) -> None:
     text = interp.tasks.corpus(smol, n_tokens=200).windows(50)
-    with pytest.raises(ValueError, match="tokenizer"):
+    with pytest.raises(ValueError, match="another vocabulary"):
         cache(toy.random("llama"), text)
     with pytest.raises(ValueError, match="another tokenizer"):
         cache(toy.random("llama"), text.tokens)
