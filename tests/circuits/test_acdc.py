@@ -261,17 +261,18 @@ def test_batches_of_candidates_change_nothing(monkeypatch):
     assert one.meta["n_cells"] <= want.meta["n_cells"]
 
 
-def some_edges(model, share=0.3):
-    """A start that is quickly searched."""
+def some_edges(model, share=0.15):
+    """A start that is quickly searched: all edges into the logits, and some of the others."""
     graph = Graph.of(model)
     kept = (np.random.default_rng(0).random(graph.possible.shape) < share) & graph.possible
+    kept[-1] = True
     return Circuit.of(graph, kept, kept=kept, unit="none")
 
 
 @pytest.mark.parametrize(("architecture", "sizes", "room"), [("llama", (5, 2), 2**26), ("gpt_neox", (2,), 0)])
 def test_batches_of_prompts_change_nothing(monkeypatch, architecture, sizes, room):
     model, task = random_task(architecture, n=5)
-    start = some_edges(model, 0.15)
+    start = some_edges(model)
     want = acdc(model, task, tau=0.01, start=start)
     monkeypatch.setattr(cone, "_ROOM", room)
     monkeypatch.setattr(trials, "_HELD", room)
@@ -287,19 +288,20 @@ def test_batches_of_prompts_change_nothing(monkeypatch, architecture, sizes, roo
 
 
 def test_prompts_of_different_lengths_together_and_alone_give_the_same():
-    # Alone, prompts give one mean by hand: the scores of a search that cuts nothing are those of single cuts.
+    # A search that cuts nothing scores single cuts, of which the mean over prompts can be taken by hand.
     model, task = random_task("llama", n=3)
     n_pos, mask, corrupt = task.clean.shape[1], torch.ones_like(task.clean), task.corrupt.clone()
     for row, short in enumerate((0, 3, 2)):
         mask[row, :short], corrupt[row, :short] = 0, task.clean[row, :short]
     padded = replace(task, corrupt=corrupt, mask=mask)
-    nothing = {"tau": 1e-9, "metric": "logit_diff", "absolute": True, "start": some_edges(model, 0.15)}
+    nothing = {"tau": 1e-9, "metric": "logit_diff", "absolute": True, "start": some_edges(model)}
     alone = []
     for row in range(3):
         own = slice(n_pos - int(mask[row].sum()), None)
         one = padded[row : row + 1]
         one = replace(one, clean=one.clean[:, own], corrupt=one.corrupt[:, own], mask=None)
         alone.append(acdc(model, one, **nothing).scores)
+    assert (np.abs(np.mean(alone, 0)) > 1e-3).sum() > 20
     for size in (3, 1):
         # Sums of float32 products in other orders, of a metric of about 10.
         assert np.allclose(acdc(model, padded, batch_size=size, **nothing).scores, np.mean(alone, 0), atol=3e-5)
@@ -309,7 +311,7 @@ def test_no_tensor_holds_every_source_at_every_token(monkeypatch):
     for module, name in ((cone, "_ROOM"), (trials, "_HELD"), (trials, "_BUDGET")):
         monkeypatch.setattr(module, name, 0)
     model, task = random_task("llama", n=4, length=40)
-    start = some_edges(model, 0.15)
+    start = some_edges(model)
     with Largest() as largest:
         found = acdc(model, task, tau=0.01, metric="logit_diff", start=start)
     assert 0 < len(found) < len(start)
