@@ -117,6 +117,9 @@ class ByCone:
 class ByPass:
     """Tests by passes from the input's layer on: where edges are cut at some positions, all nodes are read at others.
 
+    Inputs are taken from the last to the first, so layers before one write what they wrote in the beginning, and those
+    from there on are computed in each pass: nothing that is accepted needs to be held.
+
     Args:
         run: the prompts.
         kept: which edges are in, bool `[dst src]`.
@@ -126,11 +129,10 @@ class ByPass:
         self.run, self.flops, self._kept, self._row = run, 0.0, kept, 0
         first, self._changes = run.forward(as_weights(kept[None], run.embed))
         self.first = first[0]
-        self._last: list[Change] = []
 
     @property
     def changes(self) -> list[Change]:
-        """As of ByCone."""
+        """As of ByCone, in the beginning."""
         return [Change(each.z[0], each.mlp[0]) for each in self._changes]
 
     def changed(self) -> np.ndarray:
@@ -139,10 +141,6 @@ class ByPass:
 
     def restore(self, changes: Sequence[Change], kept: np.ndarray) -> None:
         """As of ByCone."""
-        self._changes = [
-            Change(each.z[None].to(own.z), each.mlp[None].to(own.mlp))
-            for own, each in zip(self._changes, changes, strict=True)
-        ]
 
     def begin(self, kept: np.ndarray, row: int) -> int:
         """As of ByCone."""
@@ -155,19 +153,13 @@ class ByPass:
         for number, source in enumerate(sources):
             cells[number:, self._row, source] = False
         layer, n_layers = self.run.graph.destinations[self._row].layer, self.run.graph.n_layers
-        values, self._last = self.run.forward(
-            as_weights(cells, self.run.embed), first=layer, known=self._changes[:layer]
-        )
+        values, _ = self.run.forward(as_weights(cells, self.run.embed), first=layer, known=self._changes[:layer])
         # With sums over all edges, a pass costs up to twice a bare one.
         self.flops += 2 * len(sources) * (1 - layer / n_layers) * forward_flops(self.run, self.run.shape[1])
         return values
 
     def accept(self, number: int) -> None:
         """As of ByCone."""
-        layer = self.run.graph.destinations[self._row].layer
-        cut = [Change(*(each[number : number + 1].clone() for each in own)) for own in self._last[layer:]]
-        self._changes = [*self._changes[:layer], *cut]
 
     def end(self) -> None:
         """As of ByCone."""
-        self._last = []

@@ -354,6 +354,19 @@ def test_edges_are_cut_at_the_positions_that_are_named(architecture, options):
     assert found.meta["positions"] == options["positions"]
 
 
+def test_keys_of_a_head_that_is_read_elsewhere_are_tested():
+    model, task = random_task("llama")
+    graph = Graph.of(model)
+    kinds = np.array([each.kind in "kv" and each.layer == 1 for each in graph.destinations])
+    first = graph.possible & kinds[:, None]  # no edge leaves these heads where edges are cut
+    kept, scores, _ = plain(model, task, graph, 1e-3, kept=first, positions=[3], absolute=True)
+    begun = Circuit.of(graph, first, kept=first, unit="none")
+    found = acdc(model, task, tau=1e-3, start=begun, positions=[3], absolute=True)
+    assert (found.kept == kept).all()
+    assert 3 < len(found) < len(begun) - 3
+    assert np.allclose(found.scores[kept], scores[kept], atol=1e-5)  # float32, in one order
+
+
 def test_a_search_that_cuts_nothing_scores_single_cuts():
     model, task = random_task("llama")
     nothing = {"metric": "logit_diff", "positions": [4, -1]}
