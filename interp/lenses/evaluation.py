@@ -125,9 +125,9 @@ def shares(found: Result, *, n_boot: int = 1000, level: float = 0.95, seed: int 
         seed: of the bootstrap.
 
     Returns:
-        Result, unit "share of the constant's KL"; one row a reading: layer, head, component, value (R), value_low,
-        value_high, value_spread (standard deviation over the draws; missing with one) and value_kl (mean KL a token,
-        nats).
+        Result, unit "share of the constant's KL"; one row a reading: layer, head, component, value (R), value_low and
+        value_high (missing with one document), value_spread (standard deviation over the draws; missing with one) and
+        value_kl (mean KL a token, nats).
 
     Raises:
         ValueError: a table that is not one of `explained`.
@@ -160,7 +160,8 @@ def shares(found: Result, *, n_boot: int = 1000, level: float = 0.95, seed: int 
     for key, group in found.table.groupby(["layer", "head", "component"], dropna=False, sort=False):
         each = np.stack([sums(draw) for _, draw in group.groupby("value_draw")])
         share = 1 - each / least
-        low, high = np.quantile(share[:, 1:].mean(0), [(1 - level) / 2, (1 + level) / 2])
+        bounds = np.quantile(share[:, 1:].mean(0), [(1 - level) / 2, (1 + level) / 2])
+        low, high = bounds if n > 1 else (float("nan"), float("nan"))
         spread = share[:, 0].std(ddof=1) if len(share) > 1 else float("nan")
         kl = each[:, 0].mean() / constant["value_tokens"].sum()
         rows.append([*key, share[:, 0].mean(), low, high, spread, kl])

@@ -183,6 +183,13 @@ def test_shares_weigh_documents_by_their_tokens_and_average_draws():
     assert lens["value_high"] == pytest.approx(5 / 8)
 
 
+def test_one_document_has_no_interval():
+    rows = [(3, None, None, "constant", 0, 2.0, 10), (3, 1, 0, "lens", 0, 0.5, 10)]
+    lens = evaluation.shares(result(rows)).filter(component="lens").table.iloc[0]
+    assert lens["value"] == pytest.approx(0.75)
+    assert lens[["value_low", "value_high", "value_spread"]].isna().all()
+
+
 def test_the_interval_has_the_width_of_the_spread_over_documents():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(100, generator=generator).double()
