@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from interp.core.batching import sweep
 from interp.models.model import Model
 
 
@@ -44,18 +50,41 @@ def sample(
     """
     special = torch.tensor(sorted({i for i in model.tokenizer.all_special_ids if i < model.d_vocab}), dtype=torch.long)
 
-    def batch(rows: slice) -> dict[str, np.ndarray]:
-        generators = [np.random.default_rng([seed, document]) for document in range(rows.start, rows.stop)]
-        return {"tokens": _batch(model, start, generators, length, special, temperature).numpy()}
+    rows: list[list[int]] = []
+    starts = range(0, n_documents, batch_size)
+    for first in tqdm(starts, desc=f"text of {model.name}", leave=False, disable=len(starts) < 2):
+        generators = [
+            np.random.default_rng([seed, document]) for document in range(first, min(first + batch_size, n_documents))
+        ]
+        tokens = _batch(model, start, generators, length, special, temperature)
+        rows += [[int(i) for i in row[row >= 0]] for row in tokens]
+    return rows
 
-    identity = {
-        "what": "generated", "model": model.fingerprint, "weights": model.weights, "dtype": str(model.dtype),
-        "start": list(start), "length": length, "temperature": temperature, "seed": seed,
-    }  # fmt: skip
-    tokens = sweep(n_documents, batch, batch_size=batch_size, identity=identity, description=f"text of {model.name}")[
-        "tokens"
-    ]
-    return [[int(i) for i in row[row >= 0]] for row in tokens]
+
+def load(file: Path) -> list[list[int]] | None:
+    """The documents that `store` wrote; None if there are none, or they cannot be read."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
+            return [ids.tolist() for ids in np.split(kept["tokens"], np.cumsum(kept["lengths"])[:-1])]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None  # not there, or damaged since: it is sampled again
+
+
+def store(file: Path, rows: Sequence[Sequence[int]]) -> None:
+    """Keep documents in a file, whole or not at all; without room for it they are sampled again at the next call."""
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as stream:
+            np.savez(stream, tokens=np.concatenate(rows), lengths=np.asarray([len(row) for row in rows]))
+        os.replace(unfinished, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        warnings.warn(
+            f"{file.parent} cannot be written ({error}): the text is not kept. Set INTERP_CACHE to a folder with room.",
+            stacklevel=3,
+        )
 
 
 def _batch(

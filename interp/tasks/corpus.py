@@ -15,13 +15,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.core.batching import _read as _read_arrays
-from interp.core.batching import _store as _store_arrays
 from interp.core.places import cache_folder
 from interp.models.model import Model
-from interp.tasks import _texts
+from interp.tasks import _sampling, _texts
 from interp.tasks._prompts import affixes, bare_ids
-from interp.tasks._sampling import sample
 
 _Path = str | os.PathLike[str]
 
@@ -325,7 +322,7 @@ def generated(
 
     Cost: a pass of one position for each position of each batch, with the keys and values of those before kept
         (`batch_size x length x n_layers x 2 n_key_value_heads d_head` numbers): 130 tokens a second of SmolLM2 on one
-        core. A stopped call resumes at its batch.
+        core. A call that was stopped begins anew.
 
     Example:
         >>> from interp.models import toy
@@ -351,17 +348,15 @@ def generated(
     kept = {**options, "start": before, "model": model.fingerprint, "dtype": str(model.dtype)}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     file = cache_folder() / "generated" / f"{digest}.npz"
-    stored = _read_arrays(file)
-    if stored is None:
-        rows = sample(
+    documents = _sampling.load(file)
+    if documents is None:
+        documents = _sampling.sample(
             model, before, n_documents, length, temperature=temperature, seed=seed, batch_size=batch_size
-        )  # fmt: skip
-        stored = {"tokens": np.concatenate(rows), "lengths": np.asarray([len(row) for row in rows])}
-        _store_arrays(file, stored)
-    documents = np.split(stored["tokens"], np.cumsum(stored["lengths"])[:-1])
+        )
+        _sampling.store(file, documents)
     found = Corpus(
         name="generated",
-        documents=tuple(tuple(ids.tolist()) for ids in documents),
+        documents=tuple(map(tuple, documents)),
         titles=tuple(f"sample {i}" for i in range(n_documents)),
         source=f"sampled from {model.name}, {', '.join(f'{key} {value}' for key, value in options.items())}"
         + ("" if start is None else f", after {start!r}"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from interp.models import toy
-from interp.tasks import Corpus, corpus, generated, text
+from interp.tasks import Corpus, _sampling, corpus, generated, text
 
 
 def made(lengths, *, separator=None, prefix=()):
@@ -331,7 +331,7 @@ def test_the_text_is_the_same_whatever_the_batches(tiny, tmp_path, monkeypatch):
 
 def test_the_text_is_kept_and_belongs_to_the_model(fresh, tiny, monkeypatch):
     first = generated(tiny, n_documents=4, length=6)
-    monkeypatch.setattr(sys.modules["interp.tasks.corpus"], "sample", lambda *a, **k: pytest.fail("sampled again"))
+    monkeypatch.setattr(_sampling, "sample", lambda *a, **k: pytest.fail("sampled again"))
     second = generated(tiny, n_documents=4, length=6, batch_size=2)
     assert (first.fingerprint, first.source) == (second.fingerprint, second.source)
     assert generated(toy.random("llama", weights="raw"), n_documents=4, length=6).documents == first.documents
