@@ -10,7 +10,7 @@ import torch
 from scipy.stats import rankdata, spearmanr
 
 from interp.lenses import controls, faithfulness
-from interp.lenses.attention import direct
+from interp.lenses.attention import direct, train
 from interp.lenses.cached import cache
 from interp.models import toy
 from interp.models.hooks import run
@@ -85,6 +85,18 @@ def test_the_suppressors_lens_trained_alone_has_the_sign_wrong(linear, reference
         predicted = faithfulness._normalised(change, run_.clean)
         word = predicted.gather(1, prompts[:, 2:3])
         assert bool((word.sign() == sign).all()), name
+
+
+def test_trained_lenses_are_judged_the_same(linear, reference):
+    """The library's own training, from the truth: the joint lens must stay there, and the independent ones must not."""
+    additive, independent = (
+        train(linear.model, reference, estimand=estimand, optimiser="lbfgs", start="direct", epochs=300)[0]
+        for estimand in ("additive", "independent")
+    )
+    lenses = {"additive": additive, "independent": independent}
+    found = by(faithfulness.ablation(linear.model, linear.prompts(20, same=1.0, seed=1), lenses, reference=reference))
+    assert (found.loc["additive"] > 0.95).all()
+    assert found.loc["independent", 1] < 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "gemma"])
