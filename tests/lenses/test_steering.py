@@ -52,7 +52,7 @@ def test_a_suppressor_is_steered_backwards(linear, truth):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_rises_are_those_of_plain_hooks(architecture):
-    model = toy.random(architecture)
+    model = toy.random(architecture, weights="raw")  # processed, the unembedding is centred, and so are all logits
     tokens = toy.random_tokens(model, 3, 8)
     lenses = {"a": replace(direct(model), estimand="additive")}
     lenses["b"] = controls.randomised(lenses["a"])
