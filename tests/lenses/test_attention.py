@@ -313,6 +313,17 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         train(model, cached, **options, folder=tmp_path)
 
 
+def test_an_epoch_sees_each_token_once_and_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy.random("llama")
+    cached = _text(model)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(_train.Training, "_backward", lambda self, rows: seen.append(rows))
+    train(model, cached, estimand="additive", layers=[0], epochs=2, tokens_per_step=50)
+    epochs = torch.cat(seen).view(2, len(cached))
+    assert torch.equal(epochs.sort(1).values, torch.arange(len(cached)).expand(2, -1))
+    assert not torch.equal(*epochs)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
