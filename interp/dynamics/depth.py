@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.dynamics._kept import kept_history
 from interp.dynamics.back_attention import Small
@@ -26,6 +27,7 @@ TASKS: dict[str, tuple[Callable[..., Synthetic], dict[str, Any]]] = {
 }
 
 
+@method(name="Back attention in place of a second layer", paper="arXiv:2502.10835", notebook="back_attention")
 def compare_depths(
     task: str = "function_composition",
     *,

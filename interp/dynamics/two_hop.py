@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from interp.core.batching import batches
 from interp.core.metrics import log_prob
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.dynamics._kept import kept_history
 from interp.dynamics.back_attention import Upper, examples, train_back_attention
@@ -27,12 +29,14 @@ from interp.tasks.two_hop import two_hop_facts, two_hop_split
 #: What is trained: back attention; attention at the same place that reads the stream after the same layer; and back
 #: attention on prompts whose answers changed places with those of other prompts with the same relation.
 VARIANTS = ("back attention", "plain attention", "shuffled answers")
-_TRAINING: dict[str, Any] = {
+#: How it is trained unless options say otherwise.
+TRAINING: dict[str, Any] = {
     "steps": 20, "learning_rate": 1e-2, "warmup": 5, "weight_decay": 0.01, "batch_size": 12, "every": 20,
 }  # fmt: skip
 _AT_ONCE = 16
 #: Held-out prompts that are looked at during training.
 _WATCHED = 8
+_UNIT = "by metric: see meta['units']"
 _UNITS = {
     "first choice": "1 where the answer has the largest logit of all tokens, else 0",
     "among answers": "1 where it has the largest of all answers to its relation, else 0",
@@ -40,6 +44,7 @@ _UNITS = {
 }
 
 
+@method(name="Back attention on a frozen model", paper="arXiv:2502.10835", notebook="back_attention")
 def two_hop_gain(
     model: Model,
     task: Task,
@@ -67,7 +72,8 @@ def two_hop_gain(
     - "shuffled answers": back attention trained with answers that changed places among the prompts of one relation.
       What it gains too is not owed to facts; it is the form of the answers, and how often each is given.
 
-    What is measured is kept; a second call reads it. So is a run that was stopped.
+    What is measured is kept for each seed and variant: a second call reads it, one with more seeds trains what is new,
+    and a run that was stopped goes on.
 
     Args:
         model: a decoder with a `program`.
@@ -81,7 +87,7 @@ def two_hop_gain(
         held_out: share of the countries (entities) that are not trained on.
         d_inner: see `BackAttention`.
         n_heads: see `BackAttention`.
-        folder: where to keep the Result; None for the cache folder.
+        folder: where to keep what is measured; None for the cache folder.
         **options: of `train_back_attention`; 20 steps of 12 prompts at 1e-2 unless they say otherwise.
 
     Returns:
@@ -101,45 +107,51 @@ def two_hop_gain(
     unknown = [variant for variant in variants if variant not in VARIANTS]
     if unknown or not variants:
         raise ValueError(f"variants={tuple(variants)!r}: give some of {', '.join(map(repr, VARIANTS))}.")
-    training = _TRAINING | options
-    recipe: dict[str, Any] = {
-        "two hops": model.provenance, "tasks": [each.fingerprint for each in (task, *singles)], "source": source,
-        "target": target, "seed": list(map(int, seeds)), "variants": list(variants), "by": by, "held_out": held_out,
-        "d_inner": d_inner, "n_heads": n_heads, "training": training,
-    }  # fmt: skip
+    training = TRAINING | options
+    sizes = {"source": source, "target": target, "d_inner": d_inner, "n_heads": n_heads}
     answers = _answers((task, *singles))
+    parts, losses, before = [], {}, {}
 
-    def run(root: Path) -> Result:
-        tables, losses = [], {}
-        for seed in seeds:
-            train, *tests = two_hop_split(task, by=by, held_out=held_out, seed=seed)
-            tests += [two_hop_split(single, by=by, held_out=held_out, seed=seed)[1] for single in singles]
-            old = _asked(model, _idle(model), tests, answers)
-            for variant in variants:
-                back, history = train_back_attention(
-                    model,
-                    _shuffled(train, seed) if variant == "shuffled answers" else train,
-                    held_out=tests[0][:_WATCHED],
-                    source=source,
-                    target=source if variant == "plain attention" else target,
-                    d_inner=d_inner, n_heads=n_heads, seed=seed, folder=root / f"{variant} {seed}", **training,
-                )  # fmt: skip
-                new = _asked(model, back, tests, answers)
-                seen = old["answer"].isin(set(train.answers.tolist())).astype(float)  # type: ignore[union-attr]
-                found = old.assign(
-                    value_before=old["value"], value_after=new["value"], value=new["value"] - old["value"]
-                )
-                tables.append(found.drop(columns="answer").assign(component=variant, value_seed=seed, value_seen=seen))
-                losses[f"{variant} {seed}"] = history.filter(metric="loss").table["value"].tolist()
-        meta = {
-            **recipe["two hops"], "task": task.name, "task_fingerprint": task.fingerprint, "source": source,
-            "target": target, "by": by, "held_out": held_out, "seed": recipe["seed"], "losses": losses,
-            "n_parameters": 4 * model.d_model * d_inner, "units": _UNITS, **training,
-        }  # fmt: skip
-        table = pd.concat(tables, ignore_index=True)
-        return Result("Back attention on a frozen model", table, "by metric: see meta['units']", meta=meta)
+    def run(root: Path, seed: int, variant: str) -> Result:
+        train, *tests = two_hop_split(task, by=by, held_out=held_out, seed=seed)
+        tests += [two_hop_split(single, by=by, held_out=held_out, seed=seed)[1] for single in singles]
+        if seed not in before:
+            before[seed] = _asked(model, _idle(model), tests, answers)
+        back, history = train_back_attention(
+            model,
+            _shuffled(train, seed) if variant == "shuffled answers" else train,
+            held_out=tests[0][:_WATCHED],
+            seed=seed,
+            folder=None if folder is None else root,
+            **sizes | ({"target": source} if variant == "plain attention" else {}),
+            **training,
+        )
+        old, new = before[seed], _asked(model, back, tests, answers)
+        assert train.answers is not None
+        table = old.drop(columns="answer").assign(
+            value_before=old["value"], value_after=new["value"], value=new["value"] - old["value"],
+            value_seen=old["answer"].isin(set(train.answers.tolist())).astype(float),
+            component=variant, value_seed=seed,
+        )  # fmt: skip
+        meta = {"seed": seed, "losses": history.filter(metric="loss").table["value"].tolist()}
+        return Result("Back attention on a frozen model", table, _UNIT, meta=meta)
 
-    return kept_history(recipe, run, folder)
+    for seed in map(int, seeds):
+        for variant in variants:
+            recipe = {
+                "two hops": model.provenance, "tasks": [each.fingerprint for each in (task, *singles)], "seed": seed,
+                "variant": variant, "by": by, "held_out": held_out, **sizes, "training": training,
+            }  # fmt: skip
+            place = None if folder is None else Path(folder) / f"{variant}, seed {seed}"
+            part = kept_history(recipe, partial(run, seed=seed, variant=variant), place)
+            parts.append(part.table)
+            losses[f"{variant}, seed {seed}"] = part.meta["losses"]
+    meta = {
+        **model.provenance, "task": task.name, "task_fingerprint": task.fingerprint, **sizes, "by": by,
+        "held_out": held_out, "seeds": list(map(int, seeds)), "losses": losses,
+        "n_parameters": 4 * model.d_model * d_inner, "units": _UNITS, **training,
+    }  # fmt: skip
+    return Result("Back attention on a frozen model", pd.concat(parts, ignore_index=True), _UNIT, meta=meta)
 
 
 def two_hop_answers(model: Model, *tasks: Task) -> Result:
@@ -163,7 +175,7 @@ def two_hop_answers(model: Model, *tasks: Task) -> Result:
         raise ValueError("two_hop_answers needs a task: give interp.tasks.two_hop(model).")
     table = _asked(model, _idle(model), tasks, _answers(tasks)).drop(columns="answer")
     meta = {**model.provenance, "tasks": [task.fingerprint for task in tasks], "units": _UNITS}
-    return Result("Answers to two hops", table, "by metric: see meta['units']", meta=meta)
+    return Result("Answers to two hops", table, _UNIT, meta=meta)
 
 
 def _idle(model: Model) -> BackAttention:

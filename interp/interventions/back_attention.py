@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from interp.core.metrics import log_prob, logit_diff
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.models.back_attention import Attached, BackAttention
 from interp.models.model import Model
@@ -30,6 +31,7 @@ _UNITS = {
 }
 
 
+@method(name="Back attention", paper="arXiv:2502.10835", notebook="back_attention")
 def effect(model: Model, back: BackAttention, task: Task, *, batch_size: int = 32) -> Result:
     """What the model answers without and with back attention, prompt by prompt (arXiv:2502.10835).
 
