@@ -56,7 +56,7 @@ def draw_curves(found: Mapping[str, Result]) -> Figure:
     """
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found), 2.9), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3.2), sharey=True, layout="constrained")
     for ax, (title, each) in zip(np.atleast_1d(axes), found.items(), strict=True):
         table = each.filter(metric="held-out accuracy").table
         for colour, model in zip(drawing.COLOURS, (ONE, BACK, TWO), strict=False):
@@ -65,7 +65,7 @@ def draw_curves(found: Mapping[str, Result]) -> Figure:
                 ax.plot(run["step"], run["value"], color=colour, lw=1, alpha=0.8, label=label)
         ax.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
     np.atleast_1d(axes)[0].set_ylabel("held-out accuracy (a line a seed)")
-    np.atleast_1d(axes)[0].legend(fontsize="x-small")
+    figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -187,20 +187,20 @@ def draw_gains(found: Result, *, metrics: tuple[str, ...] = ("first choice", "am
     tasks = list(dict.fromkeys(found.table["target"]))
     variants = list(dict.fromkeys(found.table["component"]))
     after, before = (intervals(found, value=value) for value in ("value_after", "value_before"))
-    figure, axes = plt.subplots(1, len(metrics), figsize=(7.2, 2.9), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(metrics), figsize=(7.2, 3.2), sharey=True, layout="constrained")
     for ax, metric in zip(np.atleast_1d(axes), metrics, strict=True):
         sets = [("before", before[before["component"] == variants[0]], "#555555")]
         sets += [(name, after[after["component"] == name], drawing.COLOURS[i]) for i, name in enumerate(variants)]
         for offset, (name, table, colour) in enumerate(sets):
             rows = table[table["metric"] == metric].set_index("target").loc[tasks]
             ends = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
-            place = np.arange(len(tasks)) + 0.16 * (offset - (len(sets) - 1) / 2)
+            place = np.arange(len(tasks)) + 0.13 * (offset - (len(sets) - 1) / 2)
             ax.errorbar(place, rows["mean"], yerr=ends, fmt="o", ms=3.5, lw=1, color=colour, label=name)
         names = {"two_hop": "two hops", "two_hop_first": "first hop", "two_hop_second": "second hop"}
         ax.set(title=metric, ylim=(-0.03, 1.03))
         ax.set_xticks(range(len(tasks)), [names.get(task, task) for task in tasks])
     np.atleast_1d(axes)[0].set_ylabel("accuracy, held-out countries")
-    np.atleast_1d(axes)[-1].legend(fontsize="x-small", loc="lower right")
+    figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
