@@ -284,6 +284,7 @@ def measured(
         index="layer", columns="component", values="value"
     )
     heads = explained.table[(explained.table["component"] == "independent") & explained.table["head"].notna()]
+    compared = whole[["additive", "direct", "tuned"]].dropna()
     best_head = heads.groupby("layer")["value"].max()
     both = whole["additive"].reindex(best_head.index)
     control = audited.table[audited.table["head"].notna()].groupby("component")["value"]
@@ -306,8 +307,8 @@ def measured(
     return {
         "one_map": joint,
         "sum_predicts": float(whole["additive"].median()),
-        "beats_direct": float((whole["additive"] > whole["direct"]).mean()),
-        "below_tuned": float((whole["tuned"] > whole["additive"]).mean()),
+        "beats_direct": float((compared["additive"] > compared["direct"]).mean()),
+        "below_tuned": float((compared["tuned"] > compared["additive"]).mean()),
         "sum_over_head": float((both > best_head).mean()),
         "one_head": float(heads["value"].median()),
         "shuffled": float(control.get_group("shuffled").max()),
