@@ -235,7 +235,7 @@ def _walk(
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x `[row k]` times the transpose of weight `[column k]`, `[row column]`.
+    """The product of x `[row k]` and the transpose of weight `[column k]`, `[row column]`.
 
     In float32 on a CPU torch takes MKL, which on AMD's processors reaches half of what oneDNN does; the only way to
     oneDNN's float32 product without packing both sides anew is this operator. Either side of `weight` may be the
