@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._final import written_maps
 from interp.lenses._output import output
@@ -195,6 +196,7 @@ def direct(model: Model, layers: Sequence[int] | None = None) -> AttentionLens:
     return AttentionLens("direct", "low_rank", maps, dict.fromkeys(chosen, zeros), meta)
 
 
+@method(name="Attention lenses: training", paper="arXiv:2310.16270", notebook="attention_lens")
 def train(
     model: Model,
     cached: Cached,

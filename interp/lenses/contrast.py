@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp.core.batching import batches
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._final import final_norm
 from interp.lenses._output import output
@@ -24,6 +25,7 @@ from interp.tasks.task import Task
 _TOKENS = 4096
 
 
+@method(name="Contrast of words in a lens", paper="arXiv:2310.16270", notebook="attention_lens")
 @torch.no_grad()
 def contrast(
     model: Model,

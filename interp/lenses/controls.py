@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._divergence import divergence
 from interp.lenses._heads import chunks, mean_probability, summed, text_meta
@@ -88,6 +89,7 @@ def randomised(lens: AttentionLens, *, seed: int = 0) -> AttentionLens:
     return _changed(lens, "random", {layer: drawn(maps) for layer, maps in sorted(lens.maps.items())})
 
 
+@method(name="Lenses beside their controls", paper="arXiv:2310.16270", notebook="attention_lens")
 def controls(
     model: Model,
     lens: AttentionLens,
@@ -124,6 +126,7 @@ def controls(
     return replace(found, table=table, meta={**found.meta, "shuffled": seed, "control_of": lens.estimand})
 
 
+@method(name="Lenses: which positions are easy", paper="arXiv:2310.16270", notebook="attention_lens")
 @torch.no_grad()
 def position_audit(model: Model, test: Cached, *, train: Cached, seed: int = 0) -> Result:
     """How easy the next token is at the ends of sentences, where the published lenses were trained, and elsewhere.

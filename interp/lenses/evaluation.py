@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp.core.batching import batches
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._divergence import Targets, divergence
 from interp.lenses._heads import chunks, contributions, layers_of, mean_probability, summed, text_meta
@@ -38,6 +39,7 @@ _TOGETHER = {"additive": (True,), "independent": (False,), "direct": (False, Tru
 _SMOOTHING = 0.1
 
 
+@method(name="Lenses on held-out text", paper="arXiv:2310.16270", notebook="attention_lens")
 @torch.no_grad()
 def explained(
     model: Model,

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from interp.core.batching import batches
 from interp.core.edits import Cell, Edit
 from interp.core.readout import Readout
+from interp.core.registry import method
 from interp.core.rerun import rerun, trace
 from interp.core.result import Result
 from interp.lenses._heads import Head, contributions, end_of, heads_of, mean_z, provenance_of, scale_of
@@ -38,6 +39,7 @@ _ROOM = 2**26
 METRICS = ("spearman", "sign agreement")
 
 
+@method(name="Lenses against ablation", paper="arXiv:2310.16270", notebook="attention_lens")
 @torch.no_grad()
 def ablation(
     model: Model,

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._reading import Positions, Target, read, where_read
 from interp.models.model import Model
 from interp.tasks.task import Task
 
 
+@method(name="Logit lens", paper="arXiv:2303.08112", notebook="attention_lens")
 def logit_lens(
     model: Model,
     task: Task | Tensor,

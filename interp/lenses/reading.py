@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp.core.batching import batches
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._final import final_norm
 from interp.lenses._output import Output, output, tiles
@@ -36,6 +37,7 @@ _TOKENS = 512
 Lens = AttentionLens | TunedLens | Literal["logit"]
 
 
+@method(name="Tokens of heads", paper="arXiv:2310.16270", notebook="attention_lens")
 @torch.no_grad()
 def top_tokens(
     model: Model,

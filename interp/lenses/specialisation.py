@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp.core.batching import batches
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._heads import layers_of, readings, text_meta
 from interp.lenses.attention import AttentionLens
@@ -29,6 +30,7 @@ _GROUPS = 32
 _TILE = 2**21
 
 
+@method(name="Specialisation of heads", paper="arXiv:2310.16270", notebook="attention_lens")
 @torch.no_grad()
 def scores(
     model: Model,

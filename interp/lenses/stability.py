@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._heads import layers_of, readings, text_meta
 from interp.lenses.attention import AttentionLens
@@ -18,6 +19,7 @@ from interp.lenses.cached import Cached
 from interp.models.model import Model
 
 
+@method(name="Lenses: stability", paper="arXiv:2310.16270", notebook="attention_lens")
 @torch.no_grad()
 def overlap(
     model: Model,

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from interp.core.batching import batches
 from interp.core.edits import Edit
 from interp.core.readout import Readout
+from interp.core.registry import method
 from interp.core.rerun import ExactPath, rerun
 from interp.core.result import Result
 from interp.lenses._heads import Head, end_of, heads_of, provenance_of, token_map
@@ -36,6 +37,7 @@ METRICS = ("logit", "log_prob", "rank")
 _ROOM = 2**25
 
 
+@method(name="Steering along a lens", paper="arXiv:2310.16270", notebook="attention_lens")
 @torch.no_grad()
 def steer(
     model: Model,

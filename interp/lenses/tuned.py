@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from interp.core.registry import method
 from interp.core.result import Result
 from interp.lenses._final import final_norm
 from interp.lenses._output import output
@@ -111,6 +112,7 @@ def identity(model: Model, layers: Sequence[int] | None = None) -> TunedLens:
     return TunedLens(tuple(chosen), zeros, zeros[:, 0].clone(), model.provenance)
 
 
+@method(name="Tuned lens", paper="arXiv:2303.08112", notebook="attention_lens")
 def tuned_lens(
     model: Model,
     lens: TunedLens,
@@ -162,6 +164,7 @@ def tuned_lens(
     )  # fmt: skip
 
 
+@method(name="Tuned lens: training", paper="arXiv:2303.08112", notebook="attention_lens")
 def train(
     model: Model,
     text: Text,

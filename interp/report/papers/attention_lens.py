@@ -120,6 +120,21 @@ def content_words(found: Result) -> pd.Series:
     return is_word.groupby(rows["component"].astype(str), sort=False).mean()
 
 
+def side_by_side(*read: Result) -> pd.DataFrame:
+    """Lenses of the stream beside each other, layer by layer.
+
+    Args:
+        read: of `logit_lens` and `tuned_lens`, at one position of one prompt.
+
+    Returns:
+        Layers down that all have; for each lens its top token and its KL divergence from the output (nats).
+    """
+    table = pd.concat([each.table for each in read], ignore_index=True)
+    shown = table.rename(columns={"token": "top token", "value_forward_kl": "KL (nats)"})
+    wide = shown.pivot(index="layer", columns="component", values=["top token", "KL (nats)"])
+    return wide.swaplevel(axis=1).sort_index(axis=1).dropna()
+
+
 def leaning(model: Model, lens: AttentionLens, prompts: Occupations) -> Result:
     """Through a lens, which heads expect other occupations of a woman than of a man?
 
