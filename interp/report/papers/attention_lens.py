@@ -130,7 +130,7 @@ def side_by_side(*read: Result) -> pd.DataFrame:
         Layers down that all have; for each lens its top token and its KL divergence from the output (nats).
     """
     table = pd.concat([each.table for each in read], ignore_index=True)
-    shown = table.rename(columns={"token": "top token", "value_forward_kl": "KL (nats)"})
+    shown = table.rename(columns={"token": "top token"}).assign(**{"KL (nats)": table["value_forward_kl"].round(2)})
     wide = shown.pivot(index="layer", columns="component", values=["top token", "KL (nats)"])
     return wide.swaplevel(axis=1).sort_index(axis=1).dropna()
 
