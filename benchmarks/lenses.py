@@ -245,16 +245,16 @@ def _additive() -> list[dict[str, Any]]:
     case = f"additive lenses of {found['layers']} layers on {found['tokens']} tokens, one pass"
     more = {"cpu_s": round(found["cpu"], 1), "torch_threads": found["threads"]}
     return [
-        _row(f"{case}, wall", found["wall"] / 60, 12, "minutes", **more),
-        _row(f"{case}, peak memory of the process", found["peak_mb"], 3072, "MB", above_mb=round(found["above_mb"])),
+        _row(case, found["wall"] / 60, 12, "minutes of wall time", **more),
+        _row(f"{case}: peak memory of the process", found["peak_mb"], 3072, "MB", above_mb=round(found["above_mb"])),
     ]
 
 
 def _independent() -> list[dict[str, Any]]:
     found = _alone("independent")
-    case = f"independent lenses of one layer on {found['tokens']} tokens, one pass, wall"
+    case = f"independent lenses of one layer on {found['tokens']} tokens, one pass"
     more = {"cpu_s": round(found["cpu"], 1), "torch_threads": found["threads"], "peak_mb": round(found["peak_mb"])}
-    return [_row(case, found["wall"] / 60, 6, "minutes", **more)]
+    return [_row(case, found["wall"] / 60, 6, "minutes of wall time", **more)]
 
 
 def _against(case: str, peer: str, target: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
