@@ -365,9 +365,7 @@ def test_aucroc_of_several_label_words_and_of_what_is_never_said():
 def test_aucroc_refuses():
     model = random_model("llama")
     task = labelled(model)
-    with pytest.raises(
-        ValueError, match="prompt 0: its label words are tokens \\[10, 20\\] .* \\[10, 30\\]"
-    ):
+    with pytest.raises(ValueError, match="prompt 0: its label words are tokens \\[10, 20\\] .* \\[10, 30\\]"):
         aucroc(model, replace(task, answers=None, options=torch.tensor([[10, 30]] * 12)))
     changed = task.options.clone()
     changed[4] = changed[4].flip(0)
