@@ -103,7 +103,7 @@ def rows_with_origin(rows: list[dict[str, Any]], *, model: str) -> list[dict[str
         model: the model.
 
     Returns:
-        The rows with model, machine, load and versions.
+        The rows with model (unless a row names its own), machine, load and versions.
     """
     origin = {
         "model": model,
@@ -113,7 +113,7 @@ def rows_with_origin(rows: list[dict[str, Any]], *, model: str) -> list[dict[str
         "busy": _LOAD > 1.5,
         "versions": {name: version(name) for name in _VERSIONS},
     }
-    return [{**row, **origin} for row in rows]
+    return [{**origin, **row} for row in rows]
 
 
 def report(name: str, rows: list[dict[str, Any]]) -> None:
